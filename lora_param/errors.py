@@ -1,0 +1,310 @@
+"""Every exception of the package.
+
+    LoraParamError
+    ├── UserError                     something the caller can put right
+    │   ├── OptionError               a setting outside its accepted values
+    │   ├── TargetError               choosing weights
+    │   │   ├── PatternError          a pattern that cannot be read
+    │   │   ├── NoMatchError          a pattern that matches nothing
+    │   │   ├── UnsuitableWeightError a weight that LoRA cannot adapt
+    │   │   ├── SliceError            a slice that does not fit its weight
+    │   │   ├── RankError             a rank that does not fit its weight
+    │   │   ├── OverlapError          two targets over the same elements
+    │   │   └── TiedWeightsError      one side of a tied pair
+    │   ├── ModelError                a live model in the wrong state
+    │   │   ├── ComputedWeightError   writing into a weight that is computed
+    │   │   └── WrappedModelError     attaching behind a distributed wrapper
+    │   ├── AdapterError              an adapter, or its fit to a base
+    │   │   ├── NoAdapterError        no adapter of that name
+    │   │   ├── AdapterExistsError    a second adapter of the same name
+    │   │   ├── MismatchError         names or shapes that differ: both sides listed
+    │   │   ├── FingerprintError      same names and shapes, another base
+    │   │   └── NonFiniteError        NaN or infinity where numbers are needed
+    │   └── FileError                 reading or writing
+    │       ├── MissingFileError
+    │       ├── BrokenFileError
+    │       ├── UnsafePickleError
+    │       ├── UnknownFileError
+    │       └── OutputError
+    └── InternalError                 a bug of ours
+
+Errors take values and own their wording: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "AdapterError",
+    "AdapterExistsError",
+    "BrokenFileError",
+    "ComputedWeightError",
+    "FileError",
+    "FingerprintError",
+    "InternalError",
+    "LoraParamError",
+    "MismatchError",
+    "MissingFileError",
+    "ModelError",
+    "NoAdapterError",
+    "NoMatchError",
+    "NonFiniteError",
+    "OptionError",
+    "OutputError",
+    "OverlapError",
+    "PatternError",
+    "RankError",
+    "SliceError",
+    "TargetError",
+    "TiedWeightsError",
+    "UnknownFileError",
+    "UnsafePickleError",
+    "UnsuitableWeightError",
+    "UserError",
+    "WrappedModelError",
+]
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """Join names for a sentence, the first `limit` of them and a count of the rest."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+class LoraParamError(Exception):
+    """Root of every exception of this package; catch it to catch them all."""
+
+
+class InternalError(LoraParamError):
+    """A bug of ours, never the caller's mistake."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"internal error: {what}. This is a bug in lora_param; please report it.")
+
+
+class UserError(LoraParamError):
+    """Something the caller can put right; the message says how."""
+
+
+class OptionError(UserError, ValueError):
+    """A setting outside its accepted values."""
+
+    def __init__(self, option: str, found: object, accepted: str) -> None:
+        super().__init__(f"{option} is {found!r}; accepted: {accepted}.")
+
+
+# --- choosing weights -------------------------------------------------------------------------
+
+
+class TargetError(UserError, ValueError):
+    """Choosing weights went wrong."""
+
+
+class PatternError(TargetError):
+    """A pattern that cannot be read."""
+
+    def __init__(self, pattern: str, reason: str) -> None:
+        super().__init__(f"cannot read the pattern {pattern!r}: {reason}.")
+
+
+class NoMatchError(TargetError):
+    """A pattern that matches nothing."""
+
+    def __init__(self, pattern: str, nearest: Sequence[str], considered: int) -> None:
+        hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+        super().__init__(f"the pattern {pattern!r} matches none of {considered} weights.{hint}")
+        self.pattern, self.nearest = pattern, tuple(nearest)
+
+
+class UnsuitableWeightError(TargetError):
+    """A weight that LoRA cannot adapt."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name} cannot be adapted: it is {reason}. LoRA needs a floating-point weight "
+            f"with at least two dimensions; leave it out or name another."
+        )
+
+
+class SliceError(TargetError):
+    """A slice that does not fit its weight."""
+
+    def __init__(self, target: str, shape: Sequence[int], reason: str) -> None:
+        super().__init__(f"{target} does not fit the shape {tuple(shape)}: {reason}.")
+
+
+class RankError(TargetError):
+    """A rank that does not fit its weight."""
+
+    def __init__(self, target: str, rank: int, rows: int, columns: int) -> None:
+        super().__init__(
+            f"rank {rank} does not fit {target}, which is {rows} × {columns} as a matrix: "
+            f"accepted are 1 to {min(rows, columns)}. Set it apart with '{target}:rank=N', "
+            f"or leave it out with '!{target}'."
+        )
+
+
+class OverlapError(TargetError):
+    """Two targets over the same elements."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second} overlap: keep one of them, or make them disjoint.")
+
+
+class TiedWeightsError(TargetError):
+    """One side of a tied pair."""
+
+    def __init__(self, chosen: Sequence[str], others: Sequence[str]) -> None:
+        super().__init__(
+            f"{listed(chosen)} is tied to {listed(others)} (one tensor under several names), and "
+            f"only the first is targeted. Choose: tied='together' (--tied together) adapts them "
+            f"all with one set of factors; tied='apart' (--tied apart) adapts the first alone."
+        )
+
+
+# --- live models ------------------------------------------------------------------------------
+
+
+class ModelError(UserError, RuntimeError):
+    """A live model in the wrong state for what was asked."""
+
+
+class ComputedWeightError(ModelError):
+    """Writing into a weight that is computed from base and factors."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            f"{operation} writes into an adapted weight, which is computed as W + scale·(B @ A): "
+            "the change would be lost. Write to the base (module.parametrizations.<name>.original) "
+            "or to the factors, or call lora_param.bake(model) or lora_param.remove(model) first."
+        )
+
+
+class WrappedModelError(ModelError):
+    """Attaching to a model that is already wrapped for distributed training."""
+
+    def __init__(self, wrapper: str) -> None:
+        super().__init__(
+            f"the model is already wrapped by {wrapper}, which would not see the new factors. "
+            f"Apply LoRA first, then wrap."
+        )
+
+
+# --- adapters ---------------------------------------------------------------------------------
+
+
+class AdapterError(UserError, ValueError):
+    """An adapter, or its fit to a base, is not right."""
+
+
+class NoAdapterError(AdapterError):
+    """No adapter of that name."""
+
+    def __init__(self, name: str | None, existing: Sequence[str]) -> None:
+        what = "no adapter" if name is None else f"no adapter named {name!r}"
+        have = f"it has {listed(existing)}" if existing else "it has none"
+        super().__init__(f"{what} on this model; {have}.")
+
+
+class AdapterExistsError(AdapterError):
+    """A second adapter of the same name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the model already has an adapter named {name!r}: choose another name (adapter=...), "
+            f"or remove or bake that one first."
+        )
+
+
+class MismatchError(AdapterError):
+    """Names or shapes that differ between an adapter and what it should fit."""
+
+    def __init__(
+        self,
+        adapter: str,
+        base: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        shapes: Sequence[str] = (),
+        matched: int = 0,
+        wanted: int = 0,
+    ) -> None:
+        parts = [f"{adapter} does not fit {base}: {matched} of {wanted} targets fit."]
+        if unexpected:
+            parts.append(f"In the adapter alone: {listed(unexpected)}.")
+        if missing:
+            parts.append(f"In the base alone: {listed(missing)}.")
+        if shapes:
+            parts.append(f"Different: {listed(shapes)}.")
+        super().__init__(" ".join(parts))
+        self.missing, self.unexpected = tuple(missing), tuple(unexpected)
+
+
+class FingerprintError(AdapterError):
+    """Same names and shapes, but another base than the adapter was made on."""
+
+    def __init__(self, adapter: str, base: str, differing: Sequence[str]) -> None:
+        super().__init__(
+            f"{adapter} was made on another base than {base}: the fingerprint differs for "
+            f"{listed(differing)}. Give the base it was made on, or override the check with "
+            f"check_fingerprint=False (--ignore-fingerprint)."
+        )
+
+
+class NonFiniteError(AdapterError):
+    """NaN or infinity where numbers are needed."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} holds NaN or infinite values; nothing was written.")
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+class FileError(UserError, OSError):
+    """Reading or writing went wrong."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # OSError would show its arguments as errno and message
+
+
+class MissingFileError(FileError):
+    """A path that is not there."""
+
+    def __init__(self, path: object, accepted: str) -> None:
+        super().__init__(f"{path} does not exist; accepted: {accepted}.")
+
+
+class BrokenFileError(FileError):
+    """A file whose content is not what its name says."""
+
+    def __init__(self, path: object, found: str) -> None:
+        super().__init__(f"{path} cannot be read: {found}.")
+
+
+class UnsafePickleError(FileError):
+    """A pickle that would run code when opened."""
+
+    def __init__(self, path: object, needs: str) -> None:
+        super().__init__(
+            f"{path} needs code to be run when it is opened ({needs}), and is refused. "
+            f"In a place where you trust the file, load it with its own program, keep its state "
+            f"dict alone, and save that with safetensors.torch.save_file."
+        )
+
+
+class UnknownFileError(FileError):
+    """A file or directory of no known kind."""
+
+    def __init__(self, path: object, found: str, accepted: str) -> None:
+        super().__init__(f"{path} is {found}; accepted: {accepted}.")
+
+
+class OutputError(FileError):
+    """An output that cannot, or must not, be written."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path} was not written: {reason}.")

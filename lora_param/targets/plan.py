@@ -1,0 +1,356 @@
+"""Patterns over weights → `Plan`: which weights, with what rank and scale, and why. Pure.
+
+Applying a plan makes no choices of its own: whatever can be refused is refused here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+from lora_param.errors import (
+    NoMatchError,
+    OptionError,
+    OverlapError,
+    RankError,
+    TargetError,
+    TiedWeightsError,
+    UnsuitableWeightError,
+)
+from lora_param.targets.patterns import Pattern, parse_pattern
+from lora_param.targets.regions import WHOLE, Region, Target
+from lora_param.targets.settings import Settings
+from lora_param.targets.weights import Weight, count_base, weights_from
+
+__all__ = [
+    "TIED",
+    "LeftOut",
+    "PatternCount",
+    "Plan",
+    "PlannedTarget",
+    "make_plan",
+    "match_targets",
+]
+
+Tied = Literal["error", "together", "apart"]
+
+TIED = ("error", "together", "apart")
+
+
+@dataclass(frozen=True)
+class PlannedTarget:
+    """One target, with all that is needed to create its factors.
+
+    Attributes:
+        target: the weight or the part of it.
+        weight: what is known of the whole weight.
+        settings: rank, alpha and so on.
+        pattern: the last pattern that named it.
+        also: further names of the same (tied) tensor that share the factors.
+        apart: further names of the same tensor that keep the base.
+    """
+
+    target: Target
+    weight: Weight
+    settings: Settings
+    pattern: str
+    also: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """(out, in), or (E, out, in) for a stack."""
+        return self.target.region.matrix(self.weight.shape)
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of `lora_A` (rank × in) and `lora_B` (out × rank)."""
+        *lead, rows, columns = self.matrix
+        rank = self.settings.rank
+        return {"lora_A": (*lead, rank, columns), "lora_B": (*lead, rows, rank)}
+
+    @property
+    def trainable(self) -> int:
+        """Number of elements of the factors."""
+        return sum(math.prod(shape) for shape in self.factor_shapes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class PatternCount:
+    """How often a pattern matched."""
+
+    pattern: str
+    matched: int
+    left_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A weight that a pattern named but that is not adapted."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `apply` would do.
+
+    Attributes:
+        targets: in the order of the model's names.
+        counts: one for each pattern, in the order given.
+        left_out: weights that a broad pattern named but that are not adapted, with the reason.
+        base: number of elements of all base weights.
+    """
+
+    targets: tuple[PlannedTarget, ...]
+    counts: tuple[PatternCount, ...]
+    left_out: tuple[LeftOut, ...]
+    base: int
+
+    @property
+    def trainable(self) -> int:
+        """Number of elements of all factors."""
+        return sum(t.trainable for t in self.targets)
+
+    @property
+    def percent(self) -> float:
+        """Trainable elements, in percent of the base weights."""
+        return 100 * self.trainable / self.base if self.base else 0.0
+
+    @property
+    def factor_bytes(self) -> int:
+        """Size of the factors in fp32, in bytes; AdamW keeps twice as much again."""
+        return 4 * self.trainable
+
+    def to_dict(self) -> dict[str, object]:
+        """The plan as plain data, for JSON."""
+        return {
+            "targets": [
+                {
+                    "target": str(t.target),
+                    "shape": list(t.weight.shape),
+                    "dtype": t.weight.dtype,
+                    **asdict(t.settings),
+                    "scale": t.settings.scale,
+                    "trainable": t.trainable,
+                    "pattern": t.pattern,
+                    "also": list(t.also),
+                    "apart": list(t.apart),
+                }
+                for t in self.targets
+            ],
+            "counts": [asdict(c) for c in self.counts],
+            "left_out": [asdict(item) for item in self.left_out],
+            "base": self.base,
+            "trainable": self.trainable,
+            "percent": self.percent,
+            "factor_bytes": self.factor_bytes,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{c.pattern}: {c.matched} matched" for c in self.counts]
+        lines += [f"{t.target}: rank {t.settings.rank}" for t in self.targets]
+        lines += [f"{item.name}: left out, {item.reason}" for item in self.left_out]
+        lines.append(f"trainable {self.trainable:,} of {self.base:,} ({self.percent:.2f} %)")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Selection:
+    """What the patterns have chosen so far."""
+
+    weights: Mapping[str, Weight]
+    chosen: dict[Target, tuple[Settings, str]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, pattern: Pattern, base: Settings) -> PatternCount:
+        """Take what the pattern matches; the last pattern that names a weight decides."""
+        settings = replace(base, **pattern.settings)  # type: ignore[arg-type]
+        matched = left_out = 0
+        for weight in self.weights.values():
+            if not pattern.matches(weight):
+                if pattern.kind == "all-linear" and (reason := weight.not_all_linear):
+                    self.left_out[weight.name] = reason
+                    left_out += 1
+                continue
+            if weight.unsuitable:
+                if pattern.is_explicit:
+                    raise UnsuitableWeightError(weight.name, weight.unsuitable)
+                self.left_out[weight.name] = weight.unsuitable
+                left_out += 1
+                continue
+            region = pattern.part.resolve(weight.name, weight.shape) if pattern.part else WHOLE
+            self.chosen[Target(weight.name, region)] = (settings, pattern.text)
+            matched += 1
+        if not matched:
+            raise self.nothing(pattern)
+        return PatternCount(pattern.text, matched, left_out)
+
+    def take_away(self, pattern: Pattern, text: str) -> PatternCount:
+        """Drop what the pattern matches: the whole weight, or just the part it names."""
+        named = [w for w in self.weights.values() if pattern.matches(w)]
+        if not named:
+            raise self.nothing(pattern)
+        gone = [
+            target
+            for target in self.chosen
+            for weight in named
+            if target.name == weight.name
+            and (
+                pattern.part is None
+                or target.region == pattern.part.resolve(weight.name, weight.shape)
+            )
+        ]
+        for target in gone:
+            del self.chosen[target]
+        return PatternCount(text, len(gone))
+
+    def nothing(self, pattern: Pattern) -> TargetError:
+        """The error for a pattern that matches nothing: why, or the nearest names."""
+        if pattern.kind == "type" and not any(w.classes for w in self.weights.values()):
+            return TargetError(
+                f"{pattern.text!r} needs a live model: a file does not say which class a weight "
+                f"belongs to. Name the weights, or give the model as python:MODULE:CALLABLE."
+            )
+        return NoMatchError(pattern.text, nearest_names(pattern, self.weights), len(self.weights))
+
+
+def nearest_names(pattern: Pattern, weights: Mapping[str, Weight], limit: int = 3) -> list[str]:
+    """Names, or ends of names, that the pattern's writer may have meant."""
+    if pattern.kind == "type":
+        classes = {c for w in weights.values() for c in w.classes}
+        return difflib.get_close_matches(pattern.type_name, sorted(classes), limit, 0.4)
+    body = pattern.text.removeprefix("!").removeprefix("re:")
+    ends: dict[str, None] = {}
+    for weight in weights.values():
+        if weight.unsuitable:
+            continue
+        parts = weight.name.removesuffix(".weight").split(".")
+        ends.update((".".join(parts[i:]), None) for i in range(len(parts)))
+    return difflib.get_close_matches(body, list(ends), limit, 0.5)
+
+
+def make_plan(
+    weights: Mapping[str, Sequence[int] | Weight],
+    targets: str | Iterable[str],
+    *,
+    exclude: str | Iterable[str] = (),
+    settings: Settings | None = None,
+    tied: Tied = "error",
+) -> Plan:
+    """Choose the targets among `weights`.
+
+    Args:
+        weights: names and shapes, or names and `Weight`s.
+        targets: patterns; the last one that names a weight decides its settings.
+        exclude: patterns that take away, as `!PATTERN` among the targets does.
+        settings: for what the patterns do not set.
+        tied: what to do about a tensor with several names of which only some are targeted.
+
+    Raises:
+        TargetError: a pattern that cannot be read or matches nothing, a weight that cannot be
+            adapted, a rank or slice that does not fit, overlapping targets, one side of a tie.
+        OptionError: a setting outside its accepted values.
+    """
+    if tied not in TIED:
+        raise OptionError("tied", tied, ", ".join(TIED))
+    weights = weights_from(weights)
+    patterns = [parse_pattern(t) for t in ([targets] if isinstance(targets, str) else targets)]
+    excluded = [parse_pattern(t) for t in ([exclude] if isinstance(exclude, str) else exclude)]
+    if not any(not p.negated for p in patterns):
+        raise OptionError("targets", [p.text for p in patterns], "at least one pattern without '!'")
+
+    selection = _Selection(weights)
+    base = settings or Settings()
+    counts = [selection.add(p, base) for p in patterns if not p.negated]
+    counts += [selection.take_away(p, p.text) for p in patterns if p.negated]
+    counts += [selection.take_away(p, f"!{p.text.removeprefix('!')}") for p in excluded]
+    if not selection.chosen:
+        raise TargetError("nothing is left to adapt: the patterns take away all that they match.")
+
+    order = {name: i for i, name in enumerate(weights)}
+    planned = [
+        PlannedTarget(target, weights[target.name], chosen[0], chosen[1])
+        for target, chosen in sorted(
+            selection.chosen.items(), key=lambda item: (order[item[0].name], str(item[0]))
+        )
+    ]
+    _check_ranks(planned)
+    _check_overlaps(planned)
+    planned = _join_tied(planned, tied)
+    adapted = {t.target.name for t in planned}
+    left_out = tuple(LeftOut(n, r) for n, r in selection.left_out.items() if n not in adapted)
+    return Plan(tuple(planned), tuple(counts), left_out, count_base(weights))
+
+
+def _check_ranks(planned: Sequence[PlannedTarget]) -> None:
+    for t in planned:
+        *_, rows, columns = t.matrix
+        if t.settings.rank > min(rows, columns):
+            raise RankError(str(t.target), t.settings.rank, rows, columns)
+
+
+def _check_overlaps(planned: Sequence[PlannedTarget]) -> None:
+    regions: dict[str, list[Region]] = {}
+    for t in planned:
+        for other in regions.setdefault(t.target.name, []):
+            if t.target.region.overlaps(other):
+                raise OverlapError(str(Target(t.target.name, other)), str(t.target))
+        regions[t.target.name].append(t.target.region)
+
+
+def _join_tied(planned: Sequence[PlannedTarget], tied: Tied) -> list[PlannedTarget]:
+    """One target for each tied tensor that is adapted under all its names."""
+    chosen = {t.target for t in planned}
+    joined: list[PlannedTarget] = []
+    absorbed: set[Target] = set()
+    for t in planned:
+        if t.target in absorbed:
+            continue
+        region, names = t.target.region, t.weight.tied
+        also = tuple(n for n in names if Target(n, region) in chosen)
+        rest = tuple(n for n in names if n not in also)
+        if rest and tied == "error":
+            raise TiedWeightsError([str(t.target), *also], rest)
+        if rest and tied == "together":
+            also, rest = names, ()
+        absorbed.update(Target(n, region) for n in also)
+        joined.append(replace(t, also=also, apart=rest))
+    return joined
+
+
+def match_targets(keys: Mapping[str, Weight], patterns: str | Iterable[str] | None) -> list[str]:
+    """The keys of existing targets that the patterns name; all of them for None.
+
+    Args:
+        keys: target keys (with their slices) and their weights.
+        patterns: as in `make_plan`, without settings. A pattern without a slice names every
+            target on its weight.
+
+    Raises:
+        TargetError: a pattern cannot be read or matches none of the targets.
+    """
+    if patterns is None:
+        return list(keys)
+    named: set[str] = set()
+    away: set[str] = set()
+    for text in [patterns] if isinstance(patterns, str) else patterns:
+        pattern = parse_pattern(text)
+        hit = {
+            key
+            for key, weight in keys.items()
+            if pattern.matches(weight)
+            and (
+                pattern.part is None
+                or key == f"{weight.name}{pattern.part.resolve(weight.name, weight.shape)}"
+            )
+        }
+        if not hit:
+            weights = {w.name: w for w in keys.values()}
+            raise NoMatchError(text, nearest_names(pattern, weights), len(keys))
+        (away if pattern.negated else named).update(hit)
+    return [key for key in keys if key in (named or set(keys)) - away]

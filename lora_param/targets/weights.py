@@ -1,0 +1,174 @@
+"""What planning needs to know of a weight: its name, shape, dtype, and where it belongs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Weight", "canonical_name", "count_base", "is_buffer_name", "weights_from", "weights_of"]
+
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
+_EMBEDDING = re.compile(r"(^|[._])(embed(ding)?s?|emb|wte|wpe)([._\d]|$)|(^|\.)shared\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|classifier|score)(\.|$)")
+_LINEAR_CLASSES = {"Linear", "Conv1D"}  # Conv1D: the transposed Linear of transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A named parameter, as planning sees it.
+
+    Attributes:
+        name: its full name.
+        shape: its shape.
+        dtype: torch's name of its dtype, e.g. "bfloat16".
+        classes: names of the owning module's classes, most derived first; empty when unknown
+            (a file holds none).
+        tied: the other names under which the same tensor is known.
+        head: the owning module is the model's output head.
+        packed: quantized storage: why it is thought so, or "".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    classes: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    head: bool = False
+    packed: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """It holds floating-point numbers."""
+        return self.dtype.startswith(("float", "bfloat"))
+
+    @property
+    def unsuitable(self) -> str:
+        """Why LoRA cannot adapt it, or ""."""
+        if self.packed:
+            return self.packed
+        if not self.is_float:
+            return f"of dtype {self.dtype}"
+        if self.dtype.startswith("float4"):
+            return f"packed as {self.dtype}"
+        if len(self.shape) < 2:
+            return f"{len(self.shape)}-dimensional"
+        if self.numel == 0:
+            return f"empty, of shape {self.shape}"
+        return ""
+
+    @property
+    def not_all_linear(self) -> str | None:
+        """Why `all-linear` leaves it out: a reason to show, "" for what it never meant, or None."""
+        if self.unsuitable or is_buffer_name(self.name):
+            return self.packed
+        if self.classes and not _LINEAR_CLASSES.intersection(self.classes):
+            return ""
+        if len(self.shape) != 2:
+            return ""
+        if not self.classes and _EMBEDDING.search(self.name):
+            return "an embedding, by its name"
+        if self.head:
+            return "the output head"
+        if not self.classes and _HEAD.search(self.name):
+            return "an output head, by its name"
+        return None
+
+
+def is_buffer_name(name: str) -> bool:
+    """The name is that of a normalisation's running statistics, which a file lists as a weight."""
+    return name.rpartition(".")[2] in _BUFFERS
+
+
+def count_base(weights: Mapping[str, Weight]) -> int:
+    """Number of elements of all base weights, tied ones once, buffers and integers not."""
+    seen: set[str] = set()
+    total = 0
+    for weight in weights.values():
+        if weight.name in seen or not weight.is_float or is_buffer_name(weight.name):
+            continue
+        seen.update(weight.tied)
+        total += weight.numel
+    return total
+
+
+def weights_from(shapes: Mapping[str, Sequence[int] | Weight]) -> dict[str, Weight]:
+    """Take names and shapes as a plan's input."""
+    return {
+        name: value if isinstance(value, Weight) else Weight(name, tuple(value))
+        for name, value in shapes.items()
+    }
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what compile, FSDP and checkpoint wrappers put into it."""
+    if not any(wrapper in name for wrapper in _WRAPPERS):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
+    """The parameters of a live model under their original names, parametrized ones included."""
+    names: dict[int, list[str]] = {}
+    found: dict[str, tuple[torch.Tensor, torch.nn.Module]] = {}
+    for name, tensor, owner in _parameters(model):
+        if name not in found:
+            names.setdefault(id(tensor), []).append(name)
+            found[name] = (tensor, owner)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {
+        name: Weight(
+            name,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            tuple(
+                c.__name__ for c in type(owner).__mro__ if c.__name__ not in ("Module", "object")
+            ),
+            tuple(n for n in names[id(tensor)] if n != name),
+            head=owner is head,
+            packed=_packed(tensor),
+        )
+        for name, (tensor, owner) in found.items()
+    }
+
+
+def _packed(tensor: torch.Tensor) -> str:
+    kind = type(tensor).__name__
+    if kind in ("Parameter", "Tensor", "UninitializedParameter", "DTensor", "FakeTensor"):
+        return "not yet initialised" if kind == "UninitializedParameter" else ""
+    is_quantized = hasattr(tensor, "dequantize") and type(tensor).__module__.startswith(
+        ("torchao", "bitsandbytes", "optimum", "hqq")
+    )
+    return f"quantized, a {kind}" if is_quantized else ""
+
+
+def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.nn.Module]]:
+    """Name, tensor and owner of each parameter; of a parametrized one, the original tensor."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if "parametrizations" in path.split("."):
+            continue
+        own: dict[str, torch.Tensor] = {
+            name: p for name, p in module._parameters.items() if p is not None
+        }
+        lists = module._modules.get("parametrizations")
+        if lists is not None:
+            for name, chain in lists.named_children():
+                original = chain._parameters.get("original")
+                if original is not None:
+                    own[name] = original
+                elif "original0" in chain._parameters:
+                    own[name] = getattr(module, name)
+        for name, tensor in own.items():
+            yield canonical_name(f"{path}.{name}" if path else name), tensor, module
