@@ -1,0 +1,165 @@
+"""`Adapter`: the format-neutral record where live models and files meet.
+
+It holds the settings of each target, a mapping of tensors (in memory, or read lazily from a file)
+and the fingerprint of the base it was made on. It never computes anything on the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from lora_param.errors import FingerprintError, MismatchError
+from lora_param.fingerprint import BaseWeight
+from lora_param.targets.plan import PlannedTarget, match_targets
+from lora_param.targets.regions import Target
+from lora_param.targets.settings import Settings
+from lora_param.targets.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "TENSORS",
+    "Adapter",
+    "AdapterTarget",
+    "check_fit",
+]
+
+TENSORS = ("lora_A", "lora_B", "initial_A", "initial_B")
+"""What a target may hold. The `initial_` pair is what pissa and olora start from: it is
+subtracted, so that the base stays as it is: ΔW = scale·(B @ A - initial_B @ initial_A)."""
+
+
+@dataclass(frozen=True)
+class AdapterTarget:
+    """The settings of one target.
+
+    Attributes:
+        target: the weight or the part of it.
+        settings: rank, alpha, scaling, dropout, initialisation and variant.
+        strength: what `set_scale` set, 1.0 as trained.
+        enabled: the update takes part in the weight.
+        also: further names of the same (tied) tensor that share the factors.
+        apart: further names of the same tensor that keep the base.
+    """
+
+    target: Target
+    settings: Settings
+    strength: float = 1.0
+    enabled: bool = True
+    also: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B @ A."""
+        return self.settings.scale * self.strength
+
+    @classmethod
+    def from_plan(cls, planned: PlannedTarget) -> AdapterTarget:
+        """The record of a target about to be created."""
+        return cls(planned.target, planned.settings, also=planned.also, apart=planned.apart)
+
+
+@dataclass
+class Adapter:
+    """A named set of factors and settings over targets.
+
+    Attributes:
+        targets: settings, by target key (the weight's full name with its slice).
+        tensors: factors under `KEY.lora_A` (rank × in) and `KEY.lora_B` (out × rank).
+        base: fingerprint of each targeted weight, by weight name.
+        name: its name on a model.
+        source: where it came from, for messages.
+    """
+
+    targets: dict[str, AdapterTarget]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    base: dict[str, BaseWeight] = field(repr=False, default_factory=dict)
+    name: str = "default"
+    source: str = "the adapter"
+
+    def factors(self, key: str) -> dict[str, Tensor]:
+        """The tensors of one target, by their short names."""
+        return {n: self.tensors[f"{key}.{n}"] for n in TENSORS if f"{key}.{n}" in self.tensors}
+
+    def weights(self) -> dict[str, Weight]:
+        """The weight behind each target key."""
+        return {
+            key: Weight(t.target.name, b.shape, b.dtype)
+            for key, t in self.targets.items()
+            for b in [self.base[t.target.name]]
+        }
+
+    def switched(self, enabled: bool, patterns: str | Iterable[str] | None = None) -> Adapter:
+        """A copy with targets enabled or disabled; the tensors are shared.
+
+        Raises:
+            TargetError: a pattern matches none of the targets.
+        """
+        chosen = set(match_targets(self.weights(), patterns))
+        targets = {
+            key: replace(t, enabled=enabled) if key in chosen else t
+            for key, t in self.targets.items()
+        }
+        return replace(self, targets=targets)
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable elements, from the settings and shapes alone."""
+        total = 0
+        for t in self.targets.values():
+            *lead, rows, columns = t.target.region.matrix(self.base[t.target.name].shape)
+            stack = lead[0] if lead else 1
+            total += stack * t.settings.rank * (rows + columns)
+        return total
+
+
+def check_fit(
+    adapter: Adapter,
+    base: Mapping[str, BaseWeight],
+    base_name: str,
+    *,
+    check_fingerprint: bool = True,
+) -> None:
+    """Check that every target of the adapter has its weight in the base.
+
+    Args:
+        adapter: what should fit.
+        base: the fingerprints of the base's weights, by name.
+        base_name: what to call the base in messages.
+        check_fingerprint: also compare dtypes and sampled values.
+
+    Raises:
+        MismatchError: a name that the base lacks, or a shape that differs.
+        FingerprintError: the base holds other values than the one the adapter was made on.
+    """
+    unexpected, shapes, differing = [], [], []
+    for key, t in adapter.targets.items():
+        mine = adapter.base[t.target.name]
+        names = [n for n in (t.target.name, *t.also) if n in base]
+        if not names:
+            unexpected.append(key)
+            continue
+        if t.apart and not any(n in base for n in t.apart):
+            shapes.append(f"{key} is adapted apart from {t.apart[0]}, which the base does not hold")
+        for name in names:
+            theirs = base[name]
+            if theirs.shape != mine.shape:
+                shapes.append(f"{name} is {theirs.shape}, the adapter was made on {mine.shape}")
+            elif difference := mine.differs(theirs):
+                differing.append(f"{name} ({difference})")
+    if unexpected or shapes:
+        wanted = len(adapter.targets)
+        raise MismatchError(
+            adapter.source,
+            base_name,
+            unexpected=unexpected,
+            shapes=shapes,
+            matched=wanted - len(unexpected) - len(shapes),
+            wanted=wanted,
+        )
+    if check_fingerprint and differing:
+        raise FingerprintError(adapter.source, base_name, differing)

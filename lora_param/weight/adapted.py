@@ -1,0 +1,216 @@
+"""`AdaptedWeight`: the tensor that is W + ΔW without being built.
+
+It equals W + Σ scale·(B @ A) for every operation. Operations with a rule (`rules.py`) work on W and
+the factors directly; any other builds the weight first. Nothing is kept beyond the object's life.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_param.errors import ComputedWeightError, InternalError
+from lora_param.weight.update import Update, merge
+
+__all__ = ["RULES", "AdaptedWeight", "adapt", "implements"]
+
+Rule = Callable[..., Any]
+
+RULES: dict[Callable[..., Any], Rule] = {}
+"""Operation → rule. A rule takes the operation's arguments and returns its result, or
+`NotImplemented` where the weight has to be built."""
+
+
+def implements(*operations: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for operations."""
+
+    def register(rule: Rule) -> Rule:
+        for operation in operations:
+            RULES[operation] = rule
+        return rule
+
+    return register
+
+
+def _getter(name: str) -> Callable[..., Any]:
+    return getattr(Tensor, name).__get__  # type: ignore[no-any-return]
+
+
+# Answered by the wrapper itself, which has W's shape, dtype, device and layout.
+_PROPERTIES = "shape dtype device ndim layout itemsize nbytes is_cuda is_cpu is_mps is_xpu is_meta"
+_PROPERTIES += " is_sparse is_quantized is_nested"
+_METHODS = "size dim numel nelement element_size stride is_floating_point is_complex is_contiguous"
+_METHODS += " get_device __len__ __hash__"
+_METADATA = {
+    *(_getter(name) for name in _PROPERTIES.split()),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    *(torch.numel, torch.is_floating_point, torch.is_complex),
+}
+_NO_DROPOUT = (
+    "dropout has no effect on a weight that is built as a whole: it acts on the input of A, which "
+    "only some operations show (F.linear does)"
+)
+_IN_PLACE = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
+_WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", "retain_grad"}
+_WRITES |= {f"__i{name}__" for name in _IN_PLACE.split()}
+
+
+class AdaptedWeight(Tensor):
+    """A tensor equal to W + Σ scale·(B @ A), built only where an operation needs the matrix.
+
+    Attributes:
+        base: W.
+        updates: what is added, in order.
+    """
+
+    base: Tensor
+    updates: tuple[Update, ...]
+    _built: dict[bool, tuple[tuple[int, ...], Tensor]]
+
+    @staticmethod
+    def __new__(cls, base: Tensor, updates: Sequence[Update]) -> AdaptedWeight:  # noqa: D102
+        self: AdaptedWeight = Tensor._make_wrapper_subclass(
+            cls,
+            base.size(),
+            strides=base.stride(),
+            dtype=base.dtype,
+            layout=base.layout,
+            device=base.device,
+        )
+        self.base = base
+        self.updates = tuple(updates)
+        self._built = {}
+        return self
+
+    def __init__(self, base: Tensor, updates: Sequence[Update]) -> None:
+        """Everything is done in __new__, which torch's subclass construction requires."""
+
+    def build(self) -> Tensor:
+        """W + ΔW as a plain tensor of W's shape and dtype.
+
+        Built once for each gradient mode, and again when W or a factor has been written to.
+        """
+        if any(u.dropout for u in self.updates):
+            warnings.warn(_NO_DROPOUT, stacklevel=4)
+        versions = tuple(
+            0 if t.is_inference() else t._version
+            for t in (self.base, *(f for u in self.updates for f in (u.A, u.B)))
+        )
+        grad = torch.is_grad_enabled()
+        known = self._built.get(grad)
+        if known is None or known[0] != versions:
+            known = self._built[grad] = versions, merge(self.base, self.updates)
+        return known[1]
+
+    @property
+    def differentiable(self) -> bool:
+        """Gradients flow into W or into some factor."""
+        return self.base.requires_grad or any(
+            u.A.requires_grad or u.B.requires_grad for u in self.updates
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if rule := RULES.get(func):
+            result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        _refuse_writes(func, args, kwargs)
+        return func(*_build_all(args), **_build_all(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """What reaches the weight below autograd: right without gradients, refused with them."""
+        args, kwargs = _build_all(args, grad_lost=True), _build_all(kwargs or {}, grad_lost=True)
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedWeight:
+        from copy import deepcopy
+
+        copy = AdaptedWeight(
+            deepcopy(self.base, memo),
+            [
+                Update(deepcopy(u.A, memo), deepcopy(u.B, memo), u.scale, u.region, u.dropout)
+                for u in self.updates
+            ],
+        )
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return AdaptedWeight, (self.base, self.updates)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"AdaptedWeight({self.build()!r}, updates={len(self.updates)})"
+
+
+def adapt(W: Tensor, update: Update) -> AdaptedWeight:
+    """W with one more update."""
+    if isinstance(W, AdaptedWeight):
+        return AdaptedWeight(W.base, (*W.updates, update))
+    return AdaptedWeight(W, (update,))
+
+
+@implements(_getter("requires_grad"))
+def _requires_grad(weight: AdaptedWeight, *_: object) -> bool:
+    return torch.is_grad_enabled() and weight.differentiable
+
+
+@implements(_getter("is_leaf"))
+def _is_leaf(weight: AdaptedWeight, *_: object) -> bool:
+    return not (torch.is_grad_enabled() and weight.differentiable)
+
+
+@implements(_getter("grad"))
+def _grad(weight: AdaptedWeight, *_: object) -> None:
+    """A computed tensor gathers no gradient; W and the factors do."""
+
+
+def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    name = getattr(func, "__name__", "")
+    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    written = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+    if (in_place and isinstance(written, AdaptedWeight)) or any(
+        isinstance(t, AdaptedWeight) for t in _flat(kwargs.get("out"))
+    ):
+        raise ComputedWeightError("assignment" if name == "__set__" else name)
+
+
+def _flat(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _build_all(value: Any, *, grad_lost: bool = False) -> Any:
+    """`value` with every adapted weight in it built, at any depth of tuples, lists and dicts."""
+    if isinstance(value, AdaptedWeight):
+        if grad_lost and torch.is_grad_enabled() and value.differentiable:
+            raise InternalError("an operation reached an adapted weight below autograd")
+        return value.build()
+    if isinstance(value, (tuple, list)):
+        items = [_build_all(v, grad_lost=grad_lost) for v in value]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*items)
+        return type(value)(items)
+    if isinstance(value, dict):
+        return {k: _build_all(v, grad_lost=grad_lost) for k, v in value.items()}
+    return value

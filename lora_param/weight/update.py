@@ -1,0 +1,92 @@
+"""ΔW from factors, and W + ΔW: pure functions on tensors.
+
+The same `merge` serves the parametrization and both bakes: what was trained is what ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_param.targets.regions import WHOLE, Region
+
+__all__ = ["Update", "compute_dtype", "join_factors", "merge", "update_matrix"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """One ΔW = scale·(B @ A) over a region of a weight.
+
+    Attributes:
+        A: factor of shape (rank, in), or (E, rank, in) for a stack.
+        B: factor of shape (out, rank), or (E, out, rank) for a stack.
+        scale: what multiplies B @ A.
+        region: the part of the weight it adds to.
+        dropout: probability with which an element of the input is dropped before A, where the
+            operation shows the input.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    region: Region = WHOLE
+    dropout: float = 0.0
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight of `dtype` is merged: fp32, or fp64 where the weight is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def join_factors(
+    A: Tensor, B: Tensor, initial_A: Tensor | None = None, initial_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Factors of B @ A - initial_B @ initial_A as one pair of twice the rank.
+
+    >>> A, B = torch.ones(1, 3), torch.ones(2, 1)
+    >>> A2, B2 = join_factors(A, B, A, B)
+    >>> (B2 @ A2).abs().max().item()
+    0.0
+    """
+    if initial_A is None or initial_B is None:
+        return A, B
+    return torch.cat([A, initial_A], -2), torch.cat([B, -initial_B], -1)
+
+
+def update_matrix(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale·(B @ A), computed in `dtype` whatever autocast says. (*, out, in)
+
+    Both factors are made contiguous first, so that the bits do not depend on how they are stored.
+    """
+    device = A.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return update_matrix(A, B, scale, dtype)
+    return (B.to(dtype).contiguous() @ A.to(dtype).contiguous()) * scale
+
+
+def merge(W: Tensor, updates: Iterable[Update]) -> Tensor:
+    """W + ΔW of every update, added in fp32 (fp64 for fp64 weights) and rounded once to W's dtype.
+
+    Differentiable in W and the factors. The result is always a new tensor of W's shape.
+
+    >>> W = torch.zeros(2, 3, dtype=torch.bfloat16)
+    >>> merge(W, [Update(torch.ones(1, 3), torch.ones(2, 1), 0.5)]).dtype
+    torch.bfloat16
+    """
+    dtype = compute_dtype(W.dtype)
+    shape = tuple(W.shape)
+    merged = W.to(dtype)
+    for u in updates:
+        delta = update_matrix(u.A, u.B, u.scale, dtype)  # (*, out, in)
+        delta = delta.reshape(u.region.shape(shape))
+        if u.region.is_whole or u.region.stacked:
+            merged = merged + delta
+        else:
+            part = merged[u.region.index] + delta
+            merged = merged.clone()
+            merged[u.region.index] = part
+    return merged.to(W.dtype) if merged is not W else W.clone()
