@@ -1,0 +1,252 @@
+"""Attaching `LoRA` to a parameter and taking it off again.
+
+The only file that touches `torch.nn.utils.parametrize`. Registration is torch's own, so that torch
+and everyone else recognise it; the class that torch injects is replaced by one that differs in
+three ways:
+
+- its properties read `self`. torch's close over the module they were made for, so that a deepcopy
+  can return the original's weight;
+- it can be pickled and copied, each copy getting a class of its own. torch refuses to pickle, and
+  its copies share a class that `remove_parametrizations` takes apart under the other's feet;
+- a state dict under the original names loads: `weight` goes to `parametrizations.weight.original`.
+
+A module that somebody else has parametrized keeps torch's class; LoRA joins its chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lora_param.errors import ComputedWeightError
+from lora_param.model.lora import LoRA
+from lora_param.targets.weights import canonical_name
+
+__all__ = ["Site", "attach_lora", "chain_of", "detach_loras", "first_order", "is_plain_chain"]
+__all__ += ["rename_base_keys", "replace_original", "sites_of"]
+
+_ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
+_BASE = "_lora_param_base"  # on an injected class: the class that the module had
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a LoRA is attached.
+
+    Attributes:
+        name: full name of the weight, as without parametrization.
+        owner: the module that has the weight.
+        tensor: the weight's name on its owner.
+        lora: what is attached there.
+    """
+
+    name: str
+    owner: nn.Module
+    tensor: str
+    lora: LoRA
+
+    @property
+    def key(self) -> str:
+        """The target's key: name and slice."""
+        return f"{self.name}{self.lora.region}"
+
+    @property
+    def original(self) -> Tensor:
+        """The base W."""
+        return chain_of(self.owner, self.tensor).original
+
+
+def chain_of(owner: nn.Module, tensor: str) -> parametrize.ParametrizationList:
+    """The parametrizations of a tensor, in order."""
+    return cast(parametrize.ParametrizationList, owner.parametrizations[tensor])  # type: ignore[index]
+
+
+def is_plain_chain(owner: nn.Module, tensor: str) -> bool:
+    """Nothing but LoRA is on this tensor."""
+    chain = chain_of(owner, tensor)
+    return bool(chain.is_tensor) and all(isinstance(p, LoRA) for p in chain)
+
+
+def first_order(owner: nn.Module) -> tuple[str, ...]:
+    """Names of the owner's parameters, in their order before any was adapted."""
+    lists = owner._modules.get("parametrizations")
+    order: tuple[str, ...] = lists.__dict__.get(_ORDER, ()) if lists is not None else ()
+    return order
+
+
+def sites_of(model: nn.Module) -> Iterator[Site]:
+    """Every LoRA on the model, in the order of the modules; under each name of what is shared."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        lists = module._modules.get("parametrizations")
+        if not isinstance(lists, nn.ModuleDict):
+            continue
+        for tensor, chain in lists.items():
+            name = canonical_name(f"{path}.{tensor}" if path else tensor)
+            for item in chain.children():
+                if isinstance(item, LoRA):
+                    yield Site(name, module, tensor, item)
+
+
+def attach_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
+    """Register `lora` on a parameter of `owner`. The Parameter stays the same object.
+
+    `unsafe` skips torch's check forward, which would build each weight: planning has already
+    checked all it checks.
+    """
+    foreign = parametrize.is_parametrized(owner) and not _is_ours(owner)
+    if not parametrize.is_parametrized(owner):
+        order = tuple(owner._parameters)
+        parametrize.register_parametrization(owner, tensor, lora, unsafe=True)
+        owner.parametrizations.__dict__[_ORDER] = order
+    else:
+        parametrize.register_parametrization(owner, tensor, lora, unsafe=True)
+    if foreign:
+        _hook_loading(owner)
+    else:
+        base = getattr(type(owner), _BASE, type(owner).__bases__[0])
+        owner.__class__ = _make_class(base, tuple(owner.parametrizations))  # type: ignore[arg-type]
+
+
+def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
+    """Take LoRAs off a parameter. The last one off leaves class, keys and Parameter as before."""
+    chain = chain_of(owner, tensor)
+    kept = [p for p in chain if not any(p is g for g in gone)]
+    if len(kept) == len(chain):
+        return
+    if kept:
+        for index in reversed(range(len(chain))):
+            del chain[index]
+        chain.extend(kept)
+        return
+    if not _is_ours(owner):
+        _unshare_class(owner)
+        parametrize.remove_parametrizations(owner, tensor, leave_parametrized=False)
+        _unhook_loading(owner)
+        return
+    lists = owner._modules["parametrizations"]
+    assert isinstance(lists, nn.ModuleDict)
+    order = lists.__dict__[_ORDER]
+    del lists[tensor]
+    base = getattr(type(owner), _BASE)
+    if lists:
+        owner.__class__ = _make_class(base, tuple(lists))
+    else:
+        del owner._modules["parametrizations"]
+        owner.__class__ = base
+    original = chain._parameters.get("original")
+    if original is None:
+        owner.register_buffer(tensor, chain.original)
+    else:
+        owner.register_parameter(tensor, original)
+        parameters = owner._parameters
+        for name in [n for n in order if n in parameters]:
+            parameters[name] = parameters.pop(name)  # back to the order they were made in
+
+
+def replace_original(owner: nn.Module, tensor: str, parameter: nn.Parameter) -> None:
+    """Give the weight a base of its own, where the one it had is shared with another name."""
+    chain_of(owner, tensor)._parameters["original"] = parameter
+
+
+# --- the injected class -----------------------------------------------------------------------
+
+
+def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
+    """A class of one module's own, on which `tensors` are computed."""
+
+    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        rename_base_keys(self, state_dict, prefix)
+        base._load_from_state_dict(self, state_dict, prefix, *rest)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:  # noqa: ARG001  pickle's signature
+        names = tuple(self._modules["parametrizations"]._modules)  # type: ignore[union-attr]
+        return _rebuild, (base, names), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if isinstance(getattr(type(self), name, None), property) and name in tensors:
+            raise ComputedWeightError(f"assigning {name!r}")
+        base.register_parameter(self, name, parameter)
+
+    namespace: dict[str, Any] = {tensor: _computed(tensor) for tensor in tensors}
+    namespace |= {
+        _BASE: base,
+        "__module__": base.__module__,
+        "__reduce_ex__": reduce,
+        "_load_from_state_dict": load,
+        "register_parameter": register,
+    }
+    return type(f"Parametrized{base.__name__}", (base,), namespace)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return _BASE in type(module).__dict__
+
+
+def _computed(tensor: str) -> property:
+    def get(self: nn.Module) -> Tensor:
+        return cast(Tensor, chain_of(self, tensor)())
+
+    def set_(self: nn.Module, value: Tensor) -> None:
+        chain = chain_of(self, tensor)
+        if any(isinstance(p, LoRA) for p in chain):
+            raise ComputedWeightError(f"assigning {tensor!r}")
+        chain.right_inverse(value)
+
+    return property(get, set_)
+
+
+def _rebuild(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:
+    module = base.__new__(base)
+    module.__class__ = _make_class(base, tensors)
+    return module
+
+
+def rename_base_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Make a state dict that holds `weight` fit a module on which it is parametrized.
+
+    The base goes to `parametrizations.weight.original`. The adapter is no part of such a state
+    dict: its own values stand in for it, so that a strict load passes and leaves it as it is.
+    """
+    for tensor, chain in module._modules["parametrizations"].named_children():  # type: ignore[union-attr]
+        if f"{prefix}{tensor}" not in state_dict or not is_plain_chain(module, tensor):
+            continue
+        inner = f"{prefix}parametrizations.{tensor}."
+        state_dict[f"{inner}original"] = state_dict.pop(f"{prefix}{tensor}")
+        for name, value in chain.state_dict(keep_vars=True).items():
+            state_dict.setdefault(f"{inner}{name}", value)
+
+
+# --- modules that somebody else has parametrized ----------------------------------------------
+
+
+def _load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if "parametrizations" in module._modules:
+        rename_base_keys(module, state_dict, prefix)
+
+
+def _hook_loading(owner: nn.Module) -> None:
+    hooks = owner._load_state_dict_pre_hooks.values()
+    if not any(_is_our_hook(hook) for hook in hooks):
+        owner.register_load_state_dict_pre_hook(_load_hook)  # type: ignore[no-untyped-call]
+
+
+def _unhook_loading(owner: nn.Module) -> None:
+    for key, hook in list(owner._load_state_dict_pre_hooks.items()):
+        if _is_our_hook(hook):
+            del owner._load_state_dict_pre_hooks[key]
+
+
+def _is_our_hook(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "hook", hook) is _load_hook
+
+
+def _unshare_class(owner: nn.Module) -> None:
+    """Before torch takes a property off the class: a deepcopy may be using the same class."""
+    cls = type(owner)
+    owner.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))

@@ -1,0 +1,107 @@
+"""Between a model's adapter and the format-neutral record of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lora_param.adapter import Adapter, AdapterTarget, check_fit
+from lora_param.errors import MismatchError
+from lora_param.fingerprint import BaseWeight, tensor_base_weight
+from lora_param.model.sites import base_tensors, own_sites, sites, unwrapped
+from lora_param.targets.regions import Target
+from lora_param.targets.weights import weights_of
+
+__all__ = ["check_base", "fingerprint", "get_adapter", "load_into"]
+
+
+def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, BaseWeight]:
+    """Fingerprints of the base weights of these names, of those that the model has."""
+    tensors = base_tensors(model)
+    return {n: tensor_base_weight(tensors[n]) for n in dict.fromkeys(names) if n in tensors}
+
+
+def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> None:
+    """Check that an adapter fits the model's base, as `check_fit` does."""
+    names = (n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart))
+    base = fingerprint(model, names)
+    check_fit(adapter, base, "the model", check_fingerprint=check_fingerprint)
+
+
+def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
+    """The format-neutral record of an adapter on a model; its tensors are the live ones.
+
+    Raises:
+        NoAdapterError: no adapter of that name.
+    """
+    model = unwrapped(model)
+    found = sites(model, name)
+    tied = {n: w.tied for n, w in weights_of(model).items()}
+    names_of: dict[int, list[str]] = {}
+    for site in found:
+        names_of.setdefault(id(site.lora), []).append(site.name)
+    targets: dict[str, AdapterTarget] = {}
+    tensors: dict[str, Tensor] = {}
+    for site in own_sites(found):
+        lora, names = site.lora, names_of[id(site.lora)]
+        targets[site.key] = AdapterTarget(
+            Target(site.name, site.lora.region),
+            lora.settings,
+            lora.strength,
+            lora.enabled,
+            also=tuple(names[1:]),
+            apart=tuple(n for n in tied[site.name] if n not in names),
+        )
+        tensors |= {f"{site.key}.{n}": t for n, t in lora.factors().items()}
+    base = fingerprint(model, (t.target.name for t in targets.values()))
+    return Adapter(targets, tensors, base, name, f"the adapter {name!r} of the model")
+
+
+def load_into(
+    model: nn.Module, adapter: Adapter, name: str, *, strict: bool, check_fingerprint: bool
+) -> None:
+    """Overwrite an adapter on the model with a record of the same targets and ranks.
+
+    Raises:
+        MismatchError: targets that only one side has (unless strict is False), or other shapes.
+    """
+    mine = {s.key: s for s in own_sites(sites(model, name))}
+    missing = [k for k in mine if k not in adapter.targets]
+    unexpected = [k for k in adapter.targets if k not in mine]
+    both = [k for k in adapter.targets if k in mine]
+    factors = {k: adapter.factors(k) for k in both}
+    shapes = [
+        f"{k}.{n} is {tuple(t.shape)} in the file, {tuple(getattr(mine[k].lora, n).shape)} here"
+        for k in both
+        for n, t in factors[k].items()
+        if n.startswith("lora_") and t.shape != getattr(mine[k].lora, n).shape
+    ]
+    if shapes or (strict and (missing or unexpected)) or not both:
+        raise MismatchError(
+            adapter.source,
+            f"the adapter {name!r} of the model",
+            missing=missing,
+            unexpected=unexpected,
+            shapes=shapes,
+            matched=len(both) - len({s.partition(".lora_")[0] for s in shapes}),
+            wanted=len(mine),
+        )
+    known = replace(adapter, targets={k: adapter.targets[k] for k in both})
+    check_base(unwrapped(model), known, check_fingerprint)
+    if missing or unexpected:
+        warnings.warn(
+            f"{adapter.source}: {len(both)} targets loaded; {len(unexpected)} of the file's and "
+            f"{len(missing)} of the model's had no counterpart",
+            stacklevel=3,
+        )
+    for key in both:
+        lora, target = mine[key].lora, adapter.targets[key]
+        lora.settings, lora.strength, lora.enabled = (
+            target.settings,
+            target.strength,
+            target.enabled,
+        )
+        lora.copy_factors(factors[key])

@@ -1,0 +1,297 @@
+"""The models that every law is tested on, and the reference that it is tested against.
+
+The reference never goes through the library's mathematics: it computes W + scale·(B @ A) from an
+adapter's factors on its own, and runs the plain model on it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import lora_param as lp
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what to adapt on it, and how to run it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    targets: list[str]
+    inputs: Callable[[], tuple[Any, ...]]
+    rank: int = 2
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    exact: bool = True  # the lazy value may only differ by rounding
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.make()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.is_floating_point():
+                    p.copy_(torch.randn(p.shape) * 0.3)
+        return model
+
+    def apply(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return lp.apply(model, self.targets, rank=self.rank, **{**self.kwargs, **kwargs})
+
+    def adapted(self) -> nn.Module:
+        """The model with factors that are not zero."""
+        return randomize(self.apply(self.build()))
+
+    def data(self) -> tuple[Any, ...]:
+        torch.manual_seed(1)
+        return self.inputs()
+
+
+class Bare(nn.Module):
+    """Weights that belong to no layer: used by matmul, and a stack by bmm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(6, 5))
+        self.stack = nn.Parameter(torch.zeros(3, 5, 4))
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x @ self.w.T)  # (N, 6)
+        return torch.bmm((y @ self.w).expand(3, *x.shape), self.stack)
+
+
+class TopLevel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.mid = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mid(self.emb(ids))))
+
+
+class SharedModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Lists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.ParameterList([torch.zeros(5, 5), torch.zeros(5, 5)])
+        self.named = nn.ParameterDict({"down": torch.zeros(5, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for w in self.items:
+            x = torch.tanh(x @ w)
+        return x @ self.named["down"]
+
+
+class Attention(nn.Module):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+
+    def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+        return self.mha(q, kv, kv)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn = kind(5, 6, num_layers=2, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(x.shape[1], 6)
+        for step in x:
+            h, c = self.cell(step, (h, c))
+        return h
+
+
+def _x(*shape: int) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (torch.randn(shape),)
+
+
+def _ids(*shape: int) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (torch.randint(0, 11, shape),)
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+CASES = [
+    Case("linear", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7)),
+    Case("linear-nobias-1d", lambda: nn.Linear(7, 5, bias=False), ["weight"], _x(7)),
+    Case("linear-4d-input", lambda: nn.Linear(7, 5), ["weight"], _x(2, 3, 4, 7)),
+    Case("linear-rows", lambda: nn.Linear(7, 6), ["weight[1:4]"], _x(3, 7)),
+    Case("linear-columns", lambda: nn.Linear(7, 6), ["weight[:,2:6]"], _x(3, 7)),
+    Case("linear-block", lambda: nn.Linear(7, 6), ["weight[0:3,1:4]"], _x(3, 7)),
+    Case("linear-parts", lambda: nn.Linear(7, 6), ["weight[0/3]", "weight[2/3]"], _x(3, 7)),
+    Case(
+        "mlp",
+        lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)),
+        ["0", "2:rank=3,alpha=5"],
+        _x(3, 6),
+    ),
+    Case("embedding", lambda: nn.Embedding(11, 6), ["weight"], _ids(2, 4)),
+    Case("embedding-pad", lambda: nn.Embedding(11, 6, padding_idx=3), ["weight"], _ids(2, 4)),
+    Case("embedding-bag", lambda: nn.EmbeddingBag(11, 6), ["weight"], _ids(2, 4)),
+    Case("conv1d", lambda: nn.Conv1d(4, 6, 3, padding=1), ["weight"], _x(2, 4, 9)),
+    Case(
+        "conv1d-reflect",
+        lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect"),
+        ["weight"],
+        _x(2, 4, 9),
+    ),
+    Case("conv2d", lambda: nn.Conv2d(4, 6, 3), ["weight"], _x(2, 4, 7, 7)),
+    Case(
+        "conv2d-dilated",
+        lambda: nn.Conv2d(4, 6, 3, dilation=2, stride=2, padding="valid"),
+        ["weight"],
+        _x(2, 4, 9, 9),
+    ),
+    Case("conv2d-1x1", lambda: nn.Conv2d(4, 6, 1), ["weight"], _x(2, 4, 5, 5)),
+    Case("conv2d-rows", lambda: nn.Conv2d(4, 6, 3), ["weight[2:5]"], _x(2, 4, 7, 7)),
+    Case("conv2d-columns", lambda: nn.Conv2d(4, 6, 3), ["weight[:,1:3]"], _x(2, 4, 7, 7)),
+    Case("conv2d-grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), ["weight"], _x(2, 4, 7, 7)),
+    Case("conv2d-depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4), ["weight"], _x(2, 4, 7, 7)),
+    Case("conv3d", lambda: nn.Conv3d(2, 4, (1, 2, 2)), ["weight"], _x(1, 2, 3, 4, 4)),
+    Case("conv-transpose", lambda: nn.ConvTranspose2d(4, 6, 3), ["weight"], _x(2, 4, 5, 5)),
+    Case(
+        "conv-transpose-grouped",
+        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2),
+        ["weight"],
+        _x(2, 4, 5),
+    ),
+    Case("bilinear", lambda: nn.Bilinear(3, 4, 5), ["weight"], lambda: (*_x(2, 3)(), *_x(2, 4)())),
+    Case(
+        "mha",
+        Attention,
+        ["in_proj_weight", "out_proj"],
+        lambda: (torch.randn(2, 3, 8), torch.randn(2, 4, 8)),
+    ),
+    Case(
+        "mha-q-and-v",
+        Attention,
+        ["in_proj_weight[0/3]", "in_proj_weight[2/3]:rank=1"],
+        lambda: (torch.randn(2, 3, 8), torch.randn(2, 4, 8)),
+    ),
+    Case(
+        "mha-cross",
+        lambda: Attention(kdim=5, vdim=5),
+        ["{q,k,v}_proj_weight", "out_proj"],
+        lambda: (torch.randn(2, 3, 8), torch.randn(2, 4, 5)),
+    ),
+    Case("encoder", _encoder, ["in_proj_weight", "out_proj", "linear1", "linear2"], _x(2, 3, 8)),
+    Case("lstm", lambda: Recurrent(nn.LSTM), ["type:LSTM"], _x(4, 3, 5)),
+    Case("gru", lambda: Recurrent(nn.GRU), ["re:.*weight_hh.*"], _x(4, 3, 5)),
+    Case("rnn", lambda: Recurrent(nn.RNN), ["rnn.weight_ih_l{0..1}"], _x(4, 3, 5)),
+    Case("lstm-cell", Cell, ["cell.weight_ih", "cell.weight_hh"], _x(4, 3, 5)),
+    Case("bare", Bare, ["w", "inner"], _x(3, 5)),
+    Case("bare-stack", Bare, ["w", "stack[*]"], _x(3, 5)),
+    Case("bare-stack-whole", Bare, ["stack"], _x(3, 5)),
+    Case("top-level", TopLevel, ["w"], _x(3, 4)),
+    Case("tied", Tied, ["emb", "head"], _ids(2, 4)),
+    Case("tied-together", Tied, ["emb", "mid"], _ids(2, 4), kwargs={"tied": "together"}),
+    Case("tied-apart", Tied, ["head", "mid"], _ids(2, 4), kwargs={"tied": "apart"}),
+    Case("shared-module", SharedModule, ["first"], _x(3, 6), kwargs={"tied": "together"}),
+    Case("parameter-list", Lists, ["items.*", "named.down"], _x(3, 5)),
+    Case("rslora", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), kwargs={"scaling": "rslora"}),
+    Case("constant", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), kwargs={"scaling": "constant"}),
+    Case(
+        "double",
+        lambda: nn.Linear(7, 5).double(),
+        ["weight"],
+        lambda: (torch.randn(3, 7).double(),),
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+def randomize(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """Factors that are not zero, the same for the same model."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in lp.parameters(model):
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+    return model
+
+
+def reference_weight(W: Tensor, slice_text: str, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + scale·(B @ A) on a slice, in the dtype of the factors, by plain torch."""
+    merged = W.to(A.dtype).clone()
+    if slice_text in ("", "[*]"):
+        return merged + scale * (B @ A).reshape(W.shape)
+    rows, _, columns = slice_text.strip("[]").partition(",")
+    index = tuple(
+        slice(*(int(v) if v else None for v in part.split(":"))) for part in (rows, columns) if part
+    )
+    merged[index] = merged[index] + scale * (B @ A).reshape(merged[index].shape)
+    return merged
+
+
+def reference_weights(
+    model: nn.Module,
+    base: dict[str, Tensor],
+    factors: dict[str, Tensor] | None = None,
+    adapter: str = "default",
+) -> dict[str, Tensor]:
+    """Name → W + ΔW of the adapter on `model`, over a plain model's parameters.
+
+    `factors` may stand in for the adapter's own, so that gradients can be taken to them.
+    """
+    record = lp.get_adapter(model, adapter)
+    tensors = factors or dict(record.tensors)
+    weights: dict[str, Tensor] = {}
+    for key, target in record.targets.items():
+        name, slice_text = re.fullmatch(r"(.*?)(\[[^\]]*\])?", key).groups(default="")
+        W = weights.get(name, base[name])
+        new = reference_weight(
+            W, slice_text, tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"], target.scale
+        )
+        for n in (name, *target.also):
+            weights[n] = new
+    return weights
+
+
+def reference_output(
+    case: Case, model: nn.Module, data: tuple[Any, ...], factors: dict[str, Tensor] | None = None
+) -> Tensor:
+    """What the plain model gives with W + ΔW in place of W."""
+    plain = case.build().train(model.training)
+    plain.requires_grad_(False)
+    base = {n: p.detach() for n, p in plain.named_parameters(remove_duplicate=False)}
+    weights = reference_weights(model, base, factors)
+    return functional_call(plain, {**base, **weights}, data, tie_weights=False)
