@@ -1,0 +1,1 @@
+"""Weights on disk: one lazily read mapping over files of any kind, and what is written from it."""

@@ -1,0 +1,323 @@
+"""Baking: W + ΔW written where W stood, in a checkpoint of the same names, shapes and files.
+
+Everything is read and checked first, the output is built beside its place, and only then takes
+it: an error, a full disk or a killed process leaves what was there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_param.adapter import Adapter
+from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
+from lora_param.checkpoint.open import open_checkpoint
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
+from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
+from lora_param.checkpoint.verify import verify_directory, verify_file
+from lora_param.checkpoint.writer import check_output, replace_directory, replace_file
+from lora_param.errors import FileError, OptionError, OutputError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BakeReport", "bake_adapters", "parse_dtype"]
+
+Path_ = str | os.PathLike[str]
+Report = Callable[[int, int, str], None]
+
+_DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float64": "float64",
+    "fp64": "float64",
+}
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class BakeReport:
+    """What a bake did.
+
+    Attributes:
+        path: where the result is.
+        rows: one for each enabled target.
+        disabled: keys of the targets that took no part.
+        dead: names of the adapters that are enabled and yet change nothing, for their factors
+            are zero.
+        files: names of the files written, relative to `path` where that is a directory.
+        bytes: their size.
+        key: the nested state dict that was baked, "" for the whole file.
+        verified: the result was read again and compared.
+        notes: what the caller should know, one sentence each.
+    """
+
+    path: Path
+    rows: tuple[BakedTarget, ...]
+    disabled: tuple[str, ...]
+    dead: tuple[str, ...]
+    files: tuple[str, ...]
+    bytes: int
+    key: str = ""
+    verified: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def baked(self) -> tuple[str, ...]:
+        """Keys of the enabled targets."""
+        return tuple(row.target for row in self.rows)
+
+    @property
+    def changed(self) -> int:
+        """Number of elements that differ from the base."""
+        return sum(row.changed for row in self.rows)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Keys of targets whose update the stored dtype kept nothing of."""
+        return tuple(row.target for row in self.rows if row.lost)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data, for JSON."""
+        return {
+            "path": str(self.path),
+            "baked": list(self.baked),
+            "disabled": list(self.disabled),
+            "dead": list(self.dead),
+            "lost": list(self.lost),
+            "changed": self.changed,
+            "rows": [row.to_dict() for row in self.rows],
+            "files": list(self.files),
+            "bytes": self.bytes,
+            "key": self.key,
+            "verified": self.verified,
+            "notes": list(self.notes),
+        }
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating dtype from torch's or a short name of it.
+
+    Raises:
+        OptionError: it is none that a whole checkpoint can be stored in.
+    """
+    import torch
+
+    if dtype is None:
+        return None
+    name = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if name is None:
+        raise OptionError("dtype", str(dtype), ", ".join(_DTYPES))
+    parsed: torch.dtype = getattr(torch, name)
+    return parsed
+
+
+def bake_adapters(
+    base: Path_,
+    adapters: Sequence[tuple[Adapter, float]],
+    out: Path_ | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    key: str | None = None,
+    check_fingerprint: bool = True,
+    in_place: bool = False,
+    force: bool = False,
+    sync: bool = True,
+    verify: bool = False,
+    progress: Report | None = None,
+) -> BakeReport:
+    """Bake adapters into a checkpoint; `lora_param.bake_checkpoint` takes their paths as well.
+
+    Args:
+        base: a checkpoint of any kind that `open_checkpoint` takes.
+        adapters: each with what its update is multiplied by. Updates of one weight are added in
+            fp32 and rounded once.
+        out: where the result goes: a file for a file, a directory for a directory. Names, shapes
+            and other files are the base's.
+        dtype: store floating tensors in this dtype; by default in their own.
+        key: dotted name of the nested state dict in a pickle.
+        check_fingerprint: refuse a base with other values than the adapter was made on.
+        in_place: replace the base.
+        force: replace an output that exists.
+        sync: have the data on the disk before the name shows them.
+        verify: read the result again and compare each tensor, before it takes its place.
+        progress: called with bytes done, bytes in all, and the name of what was done.
+
+    Raises:
+        AdapterError: an adapter does not fit, or holds values that are not finite.
+        FileError: something cannot be read, or the output cannot or must not be written.
+        OptionError: a setting outside its accepted values.
+    """
+    target_dtype = parse_dtype(dtype)
+    if not adapters:
+        raise OptionError("adapters", [], "at least one adapter")
+    with closing(open_checkpoint(base, key)) as checkpoint:
+        place = _place(checkpoint, base, out, in_place)
+        _check_place(checkpoint, adapters, place, in_place=in_place, force=force)
+        merging = plan_merging(
+            checkpoint, adapters, dtype=target_dtype, check_fingerprint=check_fingerprint
+        )
+        files, size = _write(
+            merging, place, force=force or in_place, sync=sync, verify=verify, progress=progress
+        )
+        rows = [merging.rows[id(p.adapter), p.key] for p in merging.targets]
+        dead = [
+            a.name
+            for a, _ in adapters
+            if (own := [merging.rows[k] for k in merging.rows if k[0] == id(a)])
+            and all(row.dead for row in own)
+        ]
+        return BakeReport(
+            place,
+            tuple(rows),
+            tuple(merging.disabled),
+            tuple(dead),
+            tuple(files),
+            size,
+            checkpoint.key,
+            verify,
+            tuple(_notes(checkpoint, rows)),
+        )
+
+
+def _place(checkpoint: Checkpoint, base: Path_, out: Path_ | None, in_place: bool) -> Path:
+    """Where the result goes: the output asked for, or the base itself."""
+    if isinstance(checkpoint.path, str):
+        if out is None or in_place:
+            raise OutputError(base, "a model that a call builds needs an output file of its own")
+        return Path(out)
+    own = checkpoint.path
+    if out is None:
+        if not in_place:
+            raise OptionError("out", None, "a path, or in_place=True (--in-place)")
+        return own
+    same = os.path.realpath(out) in (os.path.realpath(own), os.path.realpath(base))
+    if same and not in_place:
+        raise OutputError(out, "it is the input; give another path, or in_place=True (--in-place)")
+    if in_place and not same:
+        raise OptionError("out", str(out), "nothing but the input, with in_place=True")
+    return own if in_place else Path(out)
+
+
+def _check_place(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    place: Path,
+    *,
+    in_place: bool,
+    force: bool,
+) -> None:
+    directory = isinstance(checkpoint, DirectoryCheckpoint)
+    real = check_output(place, force=force or in_place, directory=directory)
+    for adapter, _ in adapters:
+        source = Path(os.path.realpath(adapter.source))  # of one in memory, no path at all
+        gone = source == real or (directory and not in_place and real in source.parents)
+        if gone and source.exists():
+            raise OutputError(place, f"the adapter {adapter.source} is there")
+    suffix = place.suffix.lower()
+    if directory:
+        own = Path(os.path.realpath(checkpoint.path))
+        if not in_place and (own in real.parents or real in own.parents):
+            raise OutputError(place, f"one of it and the input {checkpoint.path} is in the other")
+        if real.is_dir():
+            _check_replaceable(real)
+    elif isinstance(checkpoint.path, str):
+        if suffix != ".safetensors" and suffix not in _PICKLES:
+            raise OutputError(
+                place, "its name ends in none of .safetensors, .pt, .pth, .bin, .ckpt"
+            )
+    elif isinstance(checkpoint, SafetensorsCheckpoint) and suffix in _PICKLES:
+        raise OutputError(place, "the input is a .safetensors file, and the output would be one")
+    elif not isinstance(checkpoint, SafetensorsCheckpoint) and suffix == ".safetensors":
+        raise OutputError(place, "the input is a file of torch.save, and the output would be one")
+
+
+def _check_replaceable(directory: Path) -> None:
+    """A directory is replaced whole: refuse one that holds no checkpoint, or where we stand."""
+    here = Path(os.path.realpath(Path.cwd()))
+    if directory == here or directory in here.parents:
+        raise OutputError(directory, "the current directory is in it, and it would be replaced")
+    if not any(directory.iterdir()):
+        return
+    try:
+        find_weights(directory)
+    except FileError:
+        raise OutputError(
+            directory, "it is a directory that holds no checkpoint, and all in it would be lost"
+        ) from None
+
+
+def _write(
+    merging: Merging,
+    place: Path,
+    *,
+    force: bool,
+    sync: bool,
+    verify: bool,
+    progress: Report | None,
+) -> tuple[list[str], int]:
+    """Write the result; its files' names and their size together."""
+    from lora_param.checkpoint.module import ModuleCheckpoint
+    from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
+
+    base = merging.base
+    done, total = 0, base.nbytes * (2 if verify else 1)
+
+    def tick(count: int, name: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total, name)
+
+    if isinstance(base, DirectoryCheckpoint):
+        with replace_directory(place, force=force, sync=sync) as temporary:
+            files = write_directory(merging, base, temporary, tick)
+            size = sum((temporary / name).stat().st_size for name in files)
+            if verify:
+                verify_directory(merging, base, temporary, tick)
+    else:
+        files = [place.name]
+        with replace_file(place, force=force, sync=sync) as file:
+            if isinstance(base, ModuleCheckpoint):
+                write_state_dict(merging, base.state_dict, place, file, tick)
+            else:
+                write_file(merging, base, file, tick)
+            file.flush()
+            size = os.fstat(file.fileno()).st_size
+            if verify:
+                verify_file(merging, base, Path(file.name), tick, place)
+    if progress is not None:
+        progress(total, total, place.name)  # a smaller dtype writes less than was announced
+    return files, size
+
+
+def _notes(checkpoint: Checkpoint, rows: Sequence[BakedTarget]) -> list[str]:
+    notes = []
+    if not rows:
+        notes.append("No target is enabled: the result holds the base's weights.")
+    elif not any(row.changed for row in rows):
+        notes.append("No element changed: the result holds the base's weights.")
+    if lost := [row.target for row in rows if row.lost]:
+        notes.append(f"Too small for the stored dtype to hold: the update of {', '.join(lost)}.")
+    if isinstance(checkpoint, DirectoryCheckpoint):
+        ends = (".safetensors", *_PICKLES)
+        others = sorted(
+            p.name
+            for p in checkpoint.path.iterdir()
+            if p.name.endswith(ends) and p.name not in checkpoint.parts and rows
+        )
+        notes += [
+            f"{name} was copied as it is: baked was {', '.join(checkpoint.parts)}."
+            for name in others
+        ]
+    return notes

@@ -1,0 +1,138 @@
+"""A fresh adapter for a checkpoint, without the model's code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lora_param.adapter import Adapter, AdapterTarget
+from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.open import open_checkpoint
+from lora_param.targets.plan import Plan, PlannedTarget, Tied, make_plan
+from lora_param.targets.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["create_adapter", "plan_checkpoint"]
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    targets: str | Iterable[str] = "all-linear",
+    *,
+    exclude: str | Iterable[str] = (),
+    rank: int = 8,
+    alpha: float = 16.0,
+    scaling: str = "standard",
+    dropout: float = 0.0,
+    init: str = "kaiming",
+    variant: str = "lora",
+    tied: Tied = "error",
+) -> Plan:
+    """What `create_adapter` would do; reads names and shapes alone.
+
+    Raises:
+        TargetError: see `make_plan`.
+        OptionError: a setting outside its accepted values.
+    """
+    settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
+    return make_plan(checkpoint.weights, targets, exclude=exclude, settings=settings, tied=tied)
+
+
+def create_adapter(
+    base: str | os.PathLike[str],
+    targets: str | Iterable[str] = "all-linear",
+    *,
+    exclude: str | Iterable[str] = (),
+    rank: int = 8,
+    alpha: float = 16.0,
+    scaling: str = "standard",
+    dropout: float = 0.0,
+    init: str = "kaiming",
+    variant: str = "lora",
+    tied: Tied = "error",
+    seed: int | None = None,
+    key: str | None = None,
+    name: str = "default",
+) -> tuple[Plan, Adapter]:
+    """Choose weights of a checkpoint and make fresh factors for them, in memory.
+
+    Args:
+        base: a checkpoint of any kind that `open_checkpoint` takes.
+        targets: patterns of the target language.
+        exclude: patterns that take away.
+        rank: rows of A and columns of B.
+        alpha: numerator of the scale.
+        scaling: standard (alpha/rank), rslora (alpha/√rank) or constant (alpha).
+        dropout: probability with which an element of the input is dropped before A, in training.
+        init: kaiming, he, normal:STD, orthogonal, pissa or olora.
+        variant: lora.
+        tied: what to do about a tensor with several names of which only some are targeted.
+        seed: of the factors: the same seed gives the same bytes. None takes torch's generator.
+        key: dotted name of the nested state dict in a pickle.
+        name: the adapter's name.
+
+    Returns:
+        The plan, and an adapter with factors in fp32 (fp64 for fp64 weights) and the fingerprint
+        of each targeted weight.
+
+    Raises:
+        TargetError: see `make_plan`.
+        OptionError: a setting outside its accepted values.
+        FileError: the base cannot be read.
+
+    >>> plan, adapter = create_adapter("model.safetensors", ["q_proj"])  # doctest: +SKIP
+    """
+    with open_checkpoint(base, key) as checkpoint:
+        plan = plan_checkpoint(
+            checkpoint,
+            targets,
+            exclude=exclude,
+            rank=rank,
+            alpha=alpha,
+            scaling=scaling,
+            dropout=dropout,
+            init=init,
+            variant=variant,
+            tied=tied,
+        )
+        import torch
+
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        tensors: dict[str, Tensor] = {}
+        for planned in plan.targets:
+            factors = _fresh(checkpoint, planned, generator)
+            tensors |= {f"{planned.target}.{n}": t for n, t in factors.items()}
+        return plan, Adapter(
+            {str(p.target): AdapterTarget.from_plan(p) for p in plan.targets},
+            tensors,
+            checkpoint.fingerprint(p.target.name for p in plan.targets),
+            name,
+            "the new adapter",
+        )
+
+
+def _fresh(
+    checkpoint: Checkpoint, planned: PlannedTarget, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    import torch
+
+    from lora_param.weight.init import initial_factors
+
+    def matrix() -> Tensor:
+        return checkpoint[planned.target.name][planned.target.region.index].reshape(planned.matrix)
+
+    dtype = torch.float64 if planned.weight.dtype == "float64" else torch.float32
+    settings = planned.settings
+    return initial_factors(
+        planned.matrix,
+        rank=settings.rank,
+        scale=settings.scale,
+        init=settings.init,
+        W=matrix,
+        dtype=dtype,
+        generator=generator,
+    )

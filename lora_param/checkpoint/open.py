@@ -1,0 +1,79 @@
+"""From a path to a `Checkpoint`, by name and, where the name says nothing, by content."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lora_param.checkpoint.base import Checkpoint
+from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
+
+__all__ = ["ACCEPTED", "open_checkpoint"]
+
+ACCEPTED = (
+    "a .safetensors, .pt, .pth, .bin or .ckpt file, a directory with one or with shards and "
+    "their index.json, or python:package.module:callable"
+)
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
+
+
+def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+    """Open the weights at a path, without reading them.
+
+    Args:
+        path: a file, a directory, an `index.json` of shards, or `python:package.module:callable`.
+        key: dotted name of the state dict in a pickle that nests it; by default the one found.
+
+    Raises:
+        MissingFileError: there is nothing at this path.
+        UnknownFileError: it is of no kind that is known.
+        BrokenFileError, UnsafePickleError: it cannot, or must not, be read.
+        OptionError: there is no state dict of this key.
+    """
+    text = os.fspath(path)
+    if text.startswith("python:"):
+        from lora_param.checkpoint.module import ModuleCheckpoint
+
+        return _without_key(ModuleCheckpoint(text), key)
+    path = Path(path)
+    if not path.exists():
+        raise MissingFileError(path, ACCEPTED)
+    if path.is_dir() or path.name.endswith(".index.json"):
+        from lora_param.checkpoint.shards import DirectoryCheckpoint
+
+        return DirectoryCheckpoint(path, key)
+    if not path.is_file():
+        raise UnknownFileError(path, "neither a file nor a directory", ACCEPTED)
+    kind = path.suffix.lower()
+    if kind == ".safetensors" or (kind not in _PICKLES and _looks_safetensors(path)):
+        from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
+
+        return _without_key(SafetensorsCheckpoint(path), key)
+    if kind in _PICKLES or _looks_pickled(path):
+        from lora_param.checkpoint.pickle import PickleCheckpoint
+
+        return PickleCheckpoint(path, key)
+    found = "empty" if path.stat().st_size == 0 else "a file of another kind"
+    raise UnknownFileError(path, found, ACCEPTED)
+
+
+def _without_key(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
+    if key:
+        raise OptionError(f"key (--key) for {checkpoint.path}", key, "none: nothing is nested here")
+    return checkpoint
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(16)
+    except OSError as error:
+        raise BrokenFileError(path, error.strerror or str(error)) from error
+
+
+def _looks_safetensors(path: Path) -> bool:
+    return _start(path)[8:9] == b"{"
+
+
+def _looks_pickled(path: Path) -> bool:
+    return _start(path)[:4] in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")

@@ -1,0 +1,282 @@
+"""`.pt`, `.pth`, `.bin` and `.ckpt` files: what `torch.save` wrote, never by running its code."""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_param.checkpoint.base import Checkpoint, packed_reason
+from lora_param.errors import (
+    BrokenFileError,
+    MissingFileError,
+    OptionError,
+    UnknownFileError,
+    UnsafePickleError,
+    listed,
+)
+from lora_param.targets.weights import Weight
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PickleCheckpoint", "describe_tensors", "find_state_dicts", "is_zip", "load_pickle"]
+
+# In the order in which they are preferred where several hold a state dict.
+_PREFERRED = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "module",
+    "net",
+    "network",
+    "generator_ema",
+    "ema",
+    "ema_model",
+    "model_ema",
+    "state_dict_ema",
+)
+_OPTIMIZER_KEYS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq", "square_avg"}
+_MAX_DEPTH = 4
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+
+
+class PickleCheckpoint(Checkpoint):
+    """A state dict in a file of `torch.save`, at its top level or nested.
+
+    Attributes:
+        content: all that the file holds; tensors of zip files are mapped, not read.
+        key: dotted name of the state dict, "" for the top level.
+        nesting: the same as a path of keys, each of which may hold dots itself.
+
+    Raises:
+        MissingFileError: there is no such file.
+        BrokenFileError: it is empty, truncated, or no file of torch.save.
+        UnsafePickleError: opening it would run code.
+        UnknownFileError: it holds no state dict, or several and none that is usually meant.
+        OptionError: there is no state dict of this key.
+    """
+
+    path: Path
+
+    def __init__(self, path: str | os.PathLike[str], key: str | None = None) -> None:
+        self.path = Path(path)
+        self.content: Any = load_pickle(self.path)
+        found = find_state_dicts(self.content)
+        self.nesting = _choose(self.path, self.content, found, key)
+        self.key = ".".join(self.nesting)
+        self.state_dict: Mapping[str, Any] = found[self.nesting]
+
+    def _describe(self) -> dict[str, Weight]:
+        return describe_tensors(self.state_dict)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.weights:
+            raise KeyError(name)
+        tensor: torch.Tensor = self.state_dict[name].detach()
+        return tensor
+
+
+def is_zip(path: str | os.PathLike[str]) -> bool:
+    """The file begins as a zip archive, which is what torch.save writes since 1.6."""
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def load_pickle(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU; runs none of its code.
+
+    Raises:
+        MissingFileError, BrokenFileError, UnsafePickleError, UnknownFileError: see
+            `PickleCheckpoint`.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        zipped = is_zip(path)
+        if path.stat().st_size == 0:
+            raise BrokenFileError(path, "it is empty")
+        if zipped:
+            _refuse_torchscript(path)
+        with warnings.catch_warnings():
+            # About pickle protocols other than torch's own, which it then reads or refuses.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except FileNotFoundError:
+        raise MissingFileError(path, "a file written by torch.save") from None
+    except (BrokenFileError, UnknownFileError):
+        raise
+    except pickle.UnpicklingError as error:
+        needs = _GLOBAL.findall(str(error))
+        if not needs and "Unsupported class" in str(error):
+            needs = [str(error).rpartition("Unsupported class")[2].split("\n")[0].strip()]
+        needs = needs or _plain_pickle_globals(path)
+        if needs:
+            raise UnsafePickleError(path, f"it needs {needs[0].rstrip('.,')}") from None
+        raise BrokenFileError(path, "it is no file of torch.save, or is damaged") from None
+    except OSError as error:
+        raise BrokenFileError(path, error.strerror or str(error)) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        reason = str(error).split("\n")[0].strip() or type(error).__name__
+        raise BrokenFileError(path, f"it is truncated or damaged ({reason[:160]})") from None
+    except (AttributeError, TypeError, AssertionError, UnicodeError, MemoryError) as error:
+        # What the unpickler makes of bytes that are no pickle depends on the bytes.
+        raise BrokenFileError(path, f"it is damaged ({type(error).__name__})") from None
+
+
+def _refuse_torchscript(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise BrokenFileError(path, f"it is a truncated or damaged zip archive ({error})") from None
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise UnknownFileError(
+            path,
+            "a TorchScript archive, which is a program",
+            "a state dict: save torch.jit.load(path).state_dict() with safetensors or torch.save",
+        )
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise UnknownFileError(path, "a zip archive of another kind", "a file of torch.save")
+
+
+def _plain_pickle_globals(path: Path) -> list[str]:
+    """The globals that a plain pickle names, found by reading its opcodes; [] if it is none."""
+    found: list[str] = []
+    texts: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in ("GLOBAL", "INST"):
+                    found.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    found.append(".".join(texts[-2:]))
+                elif isinstance(argument, str):
+                    texts.append(argument)
+    except (ValueError, UnicodeError, IndexError, OSError, OverflowError):
+        return []
+    return found
+
+
+def describe_tensors(state_dict: Mapping[str, Any]) -> dict[str, Weight]:
+    """`Weight`s of the tensors in a mapping; names with one storage, offset and shape are tied."""
+    import torch
+
+    tensors = {n: t for n, t in state_dict.items() if isinstance(t, torch.Tensor)}
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(tie_of(tensor) or name, []).append(name)
+    return {
+        name: Weight(
+            name,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            tied=tuple(n for n in groups[tie_of(tensor) or name] if n != name),
+            packed=packed_reason(name, tensors)
+            or (f"quantized, of dtype {tensor.dtype}" if tensor.is_quantized else ""),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def tie_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
+    """What two tensors share if they are one under two names; None where nothing can be shared."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.is_meta:
+        return None
+    return (
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+    )
+
+
+def find_state_dicts(content: object) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    """Every state dict in what a file holds, by the path of keys to it; () is the top level.
+
+    A state dict maps texts to values that are mostly tensors. Optimizer states are none.
+    """
+    found: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    _search(content, (), found)
+    return found
+
+
+def _search(
+    value: object, path: tuple[str, ...], found: dict[tuple[str, ...], Mapping[str, Any]]
+) -> None:
+    if not isinstance(value, Mapping) or len(path) > _MAX_DEPTH or _is_optimizer(value, path):
+        return
+    before = len(found)
+    for name, item in value.items():
+        if isinstance(name, str):
+            _search(item, (*path, name), found)
+    inner = list(found)[before:]
+    # A state dict may keep a module's extra state as a mapping; a checkpoint may keep a few loose
+    # tensors beside its state dict. What the mapping is called tells them apart.
+    if _is_state_dict(value) and not any(p[len(path)] in _PREFERRED for p in inner):
+        for nested in inner:
+            del found[nested]
+        found[path] = value
+
+
+def _is_state_dict(value: Mapping[Any, Any]) -> bool:
+    import torch
+
+    if not all(isinstance(name, str) for name in value):
+        return False
+    tensors = sum(isinstance(item, torch.Tensor) for item in value.values())
+    return tensors > 0 and 2 * tensors > len(value)
+
+
+def _is_optimizer(value: Mapping[Any, Any], path: Sequence[str]) -> bool:
+    if "param_groups" in value or (path and "optim" in path[-1].lower()):
+        return True
+    return any(isinstance(k, str) and k.rpartition(".")[2] in _OPTIMIZER_KEYS for k in value)
+
+
+def _choose(
+    file: Path,
+    content: object,
+    found: Mapping[tuple[str, ...], Mapping[str, Any]],
+    key: str | None,
+) -> tuple[str, ...]:
+    keys = {".".join(path): path for path in found}
+    if key is not None:
+        if key not in keys:
+            shown = ", ".join(k or "'' (the top level)" for k in keys) or "nothing: it has none"
+            raise OptionError(f"key (--key) for {file}", key, shown)
+        return keys[key]
+    if not found:
+        what = f"a {type(content).__name__}"
+        if isinstance(content, Mapping):
+            what += f" with the keys {listed(map(str, content))}"
+        raise UnknownFileError(
+            file,
+            f"a file of torch.save that holds {what}",
+            "a state dict, or a dict with one in it",
+        )
+    if len(found) == 1:
+        return next(iter(found))
+    ranked = sorted(
+        (tuple(_PREFERRED.index(part) for part in path), path)
+        for path in found
+        if all(part in _PREFERRED for part in path)
+    )
+    if not ranked:
+        raise UnknownFileError(
+            file,
+            f"a file with several state dicts ({', '.join(keys)})",
+            "one of them, chosen with key=... (--key)",
+        )
+    return ranked[0][1]

@@ -1,0 +1,199 @@
+"""Directories and shard indices: one mapping over the files that hold a model's weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from lora_param.checkpoint.base import Checkpoint, packed_reason
+from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
+from lora_param.errors import BrokenFileError, UnknownFileError, listed
+from lora_param.fingerprint import BaseWeight
+from lora_param.targets.weights import Weight
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = ["DirectoryCheckpoint", "find_weights", "read_index"]
+
+# What a Hugging Face directory holds, in the order in which it is looked for.
+_KNOWN = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_MAX_INDEX = 100_000_000
+
+
+class DirectoryCheckpoint(Checkpoint):
+    """The weights of a directory: one file, or shards with their index.
+
+    Attributes:
+        path: the directory.
+        index: the index file, or None where a single file holds the weights.
+        parts: file name → the file opened.
+
+    Raises:
+        UnknownFileError: nothing in the directory is known, or it is not clear which file is meant.
+        BrokenFileError: the index and the shards do not agree, or a file cannot be read.
+    """
+
+    path: Path
+
+    def __init__(self, path: str | os.PathLike[str], key: str | None = None) -> None:
+        given = Path(path)
+        found = find_weights(given) if given.is_dir() else given
+        self.path = given if given.is_dir() else given.parent
+        self.index: Path | None = found if found.name.endswith(".json") else None
+        self.parts: dict[str, SafetensorsCheckpoint | PickleCheckpoint] = {}
+        if self.index is None:
+            self.parts[found.name] = _open_part(found, key)
+            self._home = dict.fromkeys(self.parts[found.name], found.name)
+        else:
+            self._home = read_index(self.index)
+            for name in dict.fromkeys(self._home.values()):
+                self.parts[name] = _open_part(self.path / name, key)
+            _check_index(self.index, self._home, self.parts)
+        self.key = next((p.key for p in self.parts.values()), "")
+
+    def _describe(self) -> dict[str, Weight]:
+        weights: dict[str, Weight] = {}
+        for part in self.parts.values():
+            weights |= part.weights
+        if len(self.parts) > 1:  # a scale may lie in another shard than its weight
+            for name, weight in weights.items():
+                if not weight.packed and (reason := packed_reason(name, weights)):
+                    weights[name] = Weight(
+                        name, weight.shape, weight.dtype, tied=weight.tied, packed=reason
+                    )
+        return weights
+
+    def part_of(self, name: str) -> SafetensorsCheckpoint | PickleCheckpoint:
+        """The file that holds this entry."""
+        return self.parts[self._home[name]]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.part_of(name)[name]
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """The tensor of this name as a float32 array, for statistics."""
+        return self.part_of(name).array(name)
+
+    def base_weight(self, name: str) -> BaseWeight:
+        """Fingerprint of one entry."""
+        return self.part_of(name).base_weight(name)
+
+    def close(self) -> None:
+        """Close every part."""
+        for part in self.parts.values():
+            part.close()
+
+
+def _open_part(path: Path, key: str | None) -> SafetensorsCheckpoint | PickleCheckpoint:
+    if path.suffix == ".safetensors":
+        return SafetensorsCheckpoint(path)
+    return PickleCheckpoint(path, key)
+
+
+def find_weights(directory: Path) -> Path:
+    """The file in a directory that holds its weights, or the index of its shards.
+
+    Raises:
+        UnknownFileError: there is none, or several and none that is usually meant.
+        BrokenFileError: the directory cannot be listed.
+    """
+    try:
+        names = sorted(entry.name for entry in directory.iterdir())
+    except OSError as error:
+        raise BrokenFileError(directory, error.strerror or str(error)) from error
+    for name in _KNOWN:
+        if name in names:
+            return directory / name
+    accepted = f"a directory with {', '.join(_KNOWN)} or one single weights file"
+    if ".metadata" in names and any(n.endswith(".distcp") for n in names):
+        raise UnknownFileError(
+            directory,
+            "a distributed checkpoint, whose index cannot be opened without running its code",
+            "a file made of it where it is trusted, with torch.distributed.checkpoint."
+            "format_utils.dcp_to_torch_save(directory, 'model.pt')",
+        )
+    indices = [n for n in names if n.endswith((".safetensors.index.json", ".bin.index.json"))]
+    single = indices or [n for n in names if n.endswith(_SINGLE) and (directory / n).is_file()]
+    if len(single) == 1:
+        return directory / single[0]
+    if "adapter_config.json" in names:
+        raise UnknownFileError(directory, "a PEFT adapter, not a model", accepted)
+    found = f"a directory with {listed(single)}" if single else f"a directory of {listed(names)}"
+    raise UnknownFileError(directory, found if names else "an empty directory", accepted)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name → shard file name, from a `*.index.json`.
+
+    Raises:
+        BrokenFileError: it is no index, or names a shard that is missing or lies elsewhere.
+    """
+    index = load_json(path)
+    mapping = index.get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise BrokenFileError(path, "it has no 'weight_map' from tensors to shards")
+    for tensor, shard in mapping.items():
+        if not isinstance(shard, str) or not shard:
+            raise BrokenFileError(path, f"it gives {tensor} a shard that is no file name")
+    for shard in dict.fromkeys(mapping.values()):
+        posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
+        outside = posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts
+        if outside or "\0" in shard:
+            raise BrokenFileError(
+                path, f"it names the shard {shard!r}, which lies outside of its directory"
+            )
+        if posix.suffix not in _SINGLE:
+            raise BrokenFileError(path, f"it names the shard {shard!r}, which is no weights file")
+        if not (path.parent / shard).is_file():
+            raise BrokenFileError(path, f"it names the shard {shard!r}, which is missing")
+    return mapping
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        BrokenFileError: it is none.
+    """
+    try:
+        if path.stat().st_size > _MAX_INDEX:
+            raise BrokenFileError(path, f"it is over {_MAX_INDEX:,} bytes long")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BrokenFileError(path, getattr(error, "strerror", None) or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenFileError(path, f"it is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BrokenFileError(path, "it is not a JSON object")
+    return value
+
+
+def _check_index(
+    index: Path,
+    home: Mapping[str, str],
+    parts: Mapping[str, SafetensorsCheckpoint | PickleCheckpoint],
+) -> None:
+    for name, part in parts.items():
+        listed_here = {tensor for tensor, shard in home.items() if shard == name}
+        if absent := sorted(listed_here.difference(part)):
+            raise BrokenFileError(index, f"it lists {listed(absent)} in {name}, which lacks them")
+        if extra := sorted(set(part).difference(listed_here)):
+            raise BrokenFileError(index, f"it does not list {listed(extra)}, which {name} holds")

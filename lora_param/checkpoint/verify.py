@@ -1,0 +1,76 @@
+"""Reading a baked checkpoint again, before it takes its place."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.merging import Merging
+from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint, tensor_bytes
+from lora_param.checkpoint.shards import DirectoryCheckpoint
+from lora_param.errors import OutputError
+
+__all__ = ["verify_directory", "verify_file"]
+
+
+def verify_file(
+    merging: Merging,
+    part: Checkpoint,
+    written: Path,
+    tick: Callable[[int, str], None],
+    place: Path,
+) -> None:
+    """Read a file again and compare each tensor with what was meant, bit for bit.
+
+    Args:
+        merging: what was meant.
+        part: the file of the base.
+        written: the file to read, under its temporary name.
+        tick: called with bytes done and a name.
+        place: what the file will be called.
+
+    Raises:
+        OutputError: something differs.
+    """
+    is_safetensors = isinstance(part, SafetensorsCheckpoint) or (
+        isinstance(part.path, str) and place.suffix.lower() == ".safetensors"
+    )
+    again: Checkpoint = (
+        SafetensorsCheckpoint(written) if is_safetensors else PickleCheckpoint(written, part.key)
+    )
+    with again:
+        if set(again) != set(part):
+            raise OutputError(place, "read again, it holds other names than the input")
+        for name in part:
+            meant, found = merging.stored(name, part[name]), again[name]
+            same = meant.dtype == found.dtype and meant.shape == found.shape
+            if not same or tensor_bytes(meant) != tensor_bytes(found):
+                raise OutputError(place, f"read again, {name} is not what was written")
+            tick(meant.numel() * meant.element_size(), name)
+
+
+def verify_directory(
+    merging: Merging,
+    base: DirectoryCheckpoint,
+    written: Path,
+    tick: Callable[[int, str], None],
+) -> None:
+    """`verify_file` for each file of weights; all other files are compared with the base's.
+
+    Raises:
+        OutputError: something differs.
+    """
+    for name, part in base.parts.items():
+        verify_file(merging, part, written / name, tick, Path(name))
+    rewritten = {*base.parts} | (
+        {"config.json", *([base.index.name] if base.index else [])} if merging.dtype else set()
+    )
+    for path in base.path.rglob("*"):
+        name = path.relative_to(base.path).as_posix()
+        if path.is_file() and name not in rewritten:
+            copy = written / name
+            if not copy.is_file() or not filecmp.cmp(path, copy, shallow=False):
+                raise OutputError(name, "read again, it is not the input's")

@@ -1,0 +1,104 @@
+"""Adapters on disk: the registry of formats, and what reads and writes any of them.
+
+A new format is one new file and one line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_param.adapter import Adapter
+from lora_param.errors import MissingFileError, OptionError
+from lora_param.formats import native
+from lora_param.formats.base import Format
+from lora_param.formats.unknown import unknown_adapter
+
+__all__ = ["FORMATS", "is_adapter", "read_adapter", "toggle_file", "write_adapter"]
+
+FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT,)}
+"""Name → format, in the order in which they are tried."""
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """The path holds an adapter in one of the formats.
+
+    Raises:
+        BrokenFileError: the file is damaged.
+    """
+    return any(f.recognise(Path(path)) for f in FORMATS.values())
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter of any format; its tensors are read when they are asked for.
+
+    Raises:
+        MissingFileError: there is nothing at this path.
+        BrokenFileError: it is damaged, or its tensors and its settings do not agree.
+        UnknownFileError: it is no adapter, or one of a format that is not supported.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MissingFileError(path, "an adapter file, as lora_param.save or `apply -o` writes it")
+    for known in FORMATS.values():
+        if known.recognise(path):
+            return known.read(path)
+    raise unknown_adapter(path, FORMATS)
+
+
+def write_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    force: bool = True,
+    sync: bool = True,
+) -> None:
+    """Write an adapter, atomically; equal content gives equal bytes.
+
+    Args:
+        adapter: what to write.
+        path: where; a symbolic link is followed.
+        format: a name of `FORMATS`; "native" by default.
+        force: replace a file that exists.
+        sync: have the data on the disk before the name shows them.
+
+    Raises:
+        OptionError: no such format.
+        OutputError: the file exists (without force), or cannot be written.
+    """
+    name = native.FORMAT.name if format is None else format
+    if name not in FORMATS:
+        raise OptionError("format", format, ", ".join(FORMATS))
+    FORMATS[name].write(adapter, Path(path), force=force, sync=sync)
+
+
+def toggle_file(
+    path: str | os.PathLike[str],
+    enabled: bool,
+    patterns: str | Iterable[str] | None = None,
+    *,
+    sync: bool = True,
+) -> list[str]:
+    """Enable or disable targets of an adapter file in place, atomically; factors are untouched.
+
+    Args:
+        path: a native adapter file.
+        enabled: what the targets become.
+        patterns: which targets, in the target language; None for all.
+        sync: have the data on the disk before the name shows them.
+
+    Returns:
+        The keys of the targets that the patterns name, whether or not they were so before. Where
+        all of them were, the file is not written.
+
+    Raises:
+        TargetError: a pattern cannot be read or matches none of the targets.
+        FileError: as for `read_adapter`; or the file cannot be written.
+    """
+    path = Path(path)
+    if not path.exists() or not native.FORMAT.recognise(path):
+        read_adapter(path)  # says what is wrong with it
+        raise OptionError("format", "not native", "native: convert the adapter first")
+    return native.toggle(path, enabled, patterns, sync=sync)
