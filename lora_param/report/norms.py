@@ -1,0 +1,105 @@
+"""Size and shape of an update, from its factors alone: the m × n matrix is never built."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["effective_rank", "measure", "singular_values", "update_norm"]
+
+Floats = NDArray[np.float64]
+
+
+def singular_values(
+    A: ArrayLike,
+    B: ArrayLike,
+    scale: float,
+    initial_A: ArrayLike | None = None,
+    initial_B: ArrayLike | None = None,
+) -> Floats:
+    """Singular values of scale·(B @ A - initial_B @ initial_A), greatest first.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A they are those of the small matrix scale·R_B R_Aᵀ.
+
+    Args:
+        A: factor of shape (rank, in), or (E, rank, in) for a stack.
+        B: factor of shape (out, rank), or (E, out, rank) for a stack.
+        scale: what multiplies B @ A.
+        initial_A: factor of the pair that is subtracted, of A's shape.
+        initial_B: factor of the pair that is subtracted, of B's shape.
+
+    Returns:
+        Shape (k,), or (E, k) for a stack, with k at most the rank (twice the rank where a pair is
+        subtracted). All NaN where a factor holds NaN or infinity.
+
+    Example:
+        >>> singular_values([[3.0, 4.0]], [[1.0], [0.0]], 2.0)
+        array([10.])
+    """
+    down, up = np.asarray(A, np.float64), np.asarray(B, np.float64)
+    if initial_A is not None and initial_B is not None:
+        down = np.concatenate([down, np.asarray(initial_A, np.float64)], -2)
+        up = np.concatenate([up, -np.asarray(initial_B, np.float64)], -1)
+    if not (np.isfinite(down).all() and np.isfinite(up).all() and np.isfinite(scale)):
+        k = min(up.shape[-2], up.shape[-1], down.shape[-1])
+        return np.full((*up.shape[:-2], k), np.nan)
+    R_B = np.linalg.qr(up, mode="r")  # (*, min(out, r), r)
+    R_A = np.linalg.qr(np.swapaxes(down, -1, -2), mode="r")  # (*, min(in, r), r)
+    small = R_B @ np.swapaxes(R_A, -1, -2)
+    return np.linalg.svd(small, compute_uv=False) * abs(scale)
+
+
+def update_norm(
+    A: ArrayLike,
+    B: ArrayLike,
+    scale: float,
+    initial_A: ArrayLike | None = None,
+    initial_B: ArrayLike | None = None,
+) -> float:
+    """Frobenius norm of scale·(B @ A - initial_B @ initial_A); of a stack, over all of it.
+
+    Takes what `singular_values` takes.
+
+    >>> update_norm([[3.0, 4.0]], [[1.0], [0.0]], 2.0)
+    10.0
+    """
+    return _norm(singular_values(A, B, scale, initial_A, initial_B))
+
+
+def effective_rank(values: ArrayLike) -> float:
+    """How many directions carry an update: exp of the Shannon entropy of s/Σs.
+
+    Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", eq. 3. It is
+    k where k singular values are equal and the others zero, and 0 for no update at all.
+
+    Args:
+        values: singular values, (k,), or (E, k) for a stack, of which the mean is taken.
+
+    >>> round(effective_rank([2.0, 2.0, 0.0]), 6), effective_rank([0.0, 0.0])
+    (2.0, 0.0)
+    """
+    s = np.asarray(values, np.float64)
+    s = s.reshape(-1, s.shape[-1])
+    if not np.isfinite(s).all():
+        return float("nan")
+    total = s.sum(-1, keepdims=True)  # (E, 1)
+    share = np.divide(s, total, out=np.zeros_like(s), where=total > 0)
+    logs = np.log(share, out=np.zeros_like(s), where=share > 0)  # 0 · log 0 is 0
+    ranks = np.exp(-(share * logs).sum(-1))  # (E,)
+    return float(np.where(total[:, 0] > 0, ranks, 0.0).mean())
+
+
+def measure(
+    A: ArrayLike,
+    B: ArrayLike,
+    scale: float,
+    initial_A: ArrayLike | None = None,
+    initial_B: ArrayLike | None = None,
+) -> tuple[float, float]:
+    """`update_norm` and `effective_rank` of an update, from one decomposition."""
+    values = singular_values(A, B, scale, initial_A, initial_B)
+    return _norm(values), effective_rank(values)
+
+
+def _norm(values: Floats) -> float:
+    return float(np.sqrt((values**2).sum()))

@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from lora_param.report.norms import effective_rank, measure, singular_values, update_norm
+
+rng = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("lead", [(), (4,)])
+@pytest.mark.parametrize(("rows", "rank", "columns"), [(30, 4, 20), (5, 5, 40), (3, 2, 2)])
+def test_equals_the_dense_decomposition(lead, rows, rank, columns):
+    A, B = rng.normal(size=(*lead, rank, columns)), rng.normal(size=(*lead, rows, rank))
+    dense = np.linalg.svd(1.5 * (B @ A), compute_uv=False)
+    values = singular_values(A, B, 1.5)
+    np.testing.assert_allclose(values, dense[..., : values.shape[-1]], rtol=1e-10, atol=1e-12)
+    assert update_norm(A, B, 1.5) == pytest.approx(np.linalg.norm(1.5 * (B @ A)))
+    assert measure(A, B, -1.5)[0] == pytest.approx(update_norm(A, B, 1.5))
+
+
+def test_an_initial_pair_is_subtracted():
+    A, B = rng.normal(size=(3, 8)), rng.normal(size=(6, 3))
+    A0, B0 = rng.normal(size=(3, 8)), rng.normal(size=(6, 3))
+    assert update_norm(A, B, 2.0, A0, B0) == pytest.approx(np.linalg.norm(2 * (B @ A - B0 @ A0)))
+    assert update_norm(A, B, 2.0, A, B) == pytest.approx(0, abs=1e-12)
+
+
+def test_effective_rank_counts_equal_directions():
+    assert effective_rank([3.0] * 5 + [0.0] * 2) == pytest.approx(5)
+    assert effective_rank([0.0, 0.0]) == 0
+    assert effective_rank([[1.0, 1.0], [1.0, 0.0]]) == pytest.approx(1.5)  # the mean of a stack
+    s = np.array([4.0, 2.0, 1.0])
+    p = s / s.sum()
+    assert effective_rank(s) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+
+
+def test_zero_and_non_finite_factors():
+    A, B = np.ones((2, 4)), np.zeros((3, 2))
+    assert measure(A, B, 1.0) == (0.0, 0.0)
+    B[0, 0] = np.nan
+    assert np.isnan(measure(A, B, 1.0)).all()
+    assert np.isnan(update_norm(A, np.full((3, 2), np.inf), 1.0))
