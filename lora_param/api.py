@@ -1,0 +1,346 @@
+"""The verbs that take a live model or a path: `plan`, `stats`, `enable`, `disable`, `save`, `load`.
+
+What works on a live model alone is in `model/`, what works on files alone in `checkpoint/` and
+`formats/`. Nothing here imports torch: only a live model brings it, and then it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lora_param.adapter import Adapter, check_fit
+from lora_param.checkpoint.create import create_adapter
+from lora_param.checkpoint.open import open_checkpoint
+from lora_param.checkpoint.writer import check_output
+from lora_param.errors import OptionError, OutputError
+from lora_param.formats import is_adapter, read_adapter, toggle_file, write_adapter
+from lora_param.report.collect import Progress, as_array, collect
+from lora_param.report.rows import Stats
+from lora_param.targets.plan import Plan, Tied, make_plan
+from lora_param.targets.settings import Settings
+from lora_param.targets.weights import Weight, weights_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Model = TypeVar("Model", bound=nn.Module)
+
+__all__ = ["disable", "enable", "load", "plan", "save", "stats"]
+
+PathLike = str | os.PathLike[str]
+Patterns = str | Iterable[str]
+
+
+def plan(
+    model_or_shapes: nn.Module | PathLike | Mapping[str, Sequence[int] | Weight],
+    targets: Patterns = "all-linear",
+    *,
+    exclude: Patterns = (),
+    rank: int = 8,
+    alpha: float = 16.0,
+    scaling: str = "standard",
+    dropout: float = 0.0,
+    init: str = "kaiming",
+    variant: str = "lora",
+    tied: Tied = "error",
+    key: str | None = None,
+) -> Plan:
+    """What `apply` would do, without doing it: targets, ranks, scales, counts per pattern, cost.
+
+    Args:
+        model_or_shapes: a live model, a checkpoint's path, or names and shapes.
+        key: which nested state dict of a pickled checkpoint.
+        targets, exclude, rank, alpha, scaling, dropout, init, variant, tied: as for `apply`.
+
+    Raises:
+        TargetError, OptionError: as for `apply`.
+
+    Example:
+        >>> p = plan({"fc1.weight": (1000, 784), "fc2.weight": (10, 1000)}, ["fc1"], rank=1)
+        >>> p.trainable, [c.matched for c in p.counts]
+        (1784, [1])
+    """
+    settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
+    weights: Mapping[str, Sequence[int] | Weight]
+    if isinstance(model_or_shapes, Mapping):
+        weights = model_or_shapes
+    elif isinstance(model_or_shapes, (str, os.PathLike)):
+        with open_checkpoint(model_or_shapes, key) as checkpoint:
+            weights = checkpoint.weights
+    else:
+        weights = weights_of(model_or_shapes)
+    return make_plan(weights, targets, exclude=exclude, settings=settings, tied=tied)
+
+
+def apply_checkpoint(
+    base: PathLike,
+    targets: Patterns,
+    out: PathLike,
+    *,
+    exclude: Patterns = (),
+    rank: int = 8,
+    alpha: float = 16.0,
+    scaling: str = "standard",
+    dropout: float = 0.0,
+    init: str = "kaiming",
+    variant: str = "lora",
+    tied: Tied = "error",
+    name: str = "default",
+    seed: int | None = None,
+    key: str | None = None,
+    force: bool = False,
+    sync: bool = True,
+) -> Plan:
+    """Register LoRA on weights of a checkpoint, without the model's code: write a fresh adapter.
+
+    Args:
+        base: a checkpoint's file or directory, or `python:package.module:callable`.
+        targets, exclude, rank, alpha, scaling, dropout, init, variant, tied: as for `apply`.
+        out: the adapter file to write.
+        name: the adapter's name.
+        seed: makes the factors, and so the file, repeatable.
+        key: which nested state dict of a pickled checkpoint.
+        force: replace a file that exists.
+        sync: have the data on the disk before the name shows them.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        TargetError, OptionError: as for `apply`.
+        FileError: the checkpoint cannot be read, or the adapter not be written.
+    """
+    if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
+        raise OutputError(out, "it is the checkpoint itself")
+    check_output(out, force=force)
+    done, adapter = create_adapter(
+        base,
+        targets,
+        exclude=exclude,
+        rank=rank,
+        alpha=alpha,
+        scaling=scaling,
+        dropout=dropout,
+        init=init,
+        variant=variant,
+        tied=tied,
+        seed=seed,
+        key=key,
+        name=name,
+    )
+    write_adapter(adapter, out, force=force, sync=sync)
+    return done
+
+
+def stats(
+    model_or_path: nn.Module | PathLike,
+    adapter: str | os.PathLike[str] | Adapter | None = None,
+    *,
+    norms: bool = True,
+    key: str | None = None,
+    check_fingerprint: bool = True,
+    progress: Progress | None = None,
+) -> Stats:
+    """What is adapted, what trains, how strong the updates are, what is disabled or still zero.
+
+    Args:
+        model_or_path: a live model, a checkpoint, or an adapter file.
+        adapter: with a live model, the name of one adapter (all where None); with a checkpoint,
+            an adapter file or record to look at on it.
+        norms: measure ‖ΔW‖, effective rank, and ‖W‖ where the base is at hand.
+        key: which nested state dict of a pickled checkpoint.
+        check_fingerprint: refuse a base that the adapter was not made on.
+        progress: called with targets done, targets in all and the target's name.
+
+    Returns:
+        Rows and totals; prints itself, and `to_dict` gives it as data.
+
+    Raises:
+        NoAdapterError, FileError, MismatchError, FingerprintError: what is given does not fit.
+
+    Example:
+        >>> import lora_param as lp
+        >>> from torch import nn
+        >>> s = stats(lp.apply(nn.Linear(1000, 10), ["weight"], rank=1))
+        >>> s.trainable, s.base, round(s.percent, 2), len(s.dead)
+        (1010, 10010, 10.09, 1)
+    """
+    if not isinstance(model_or_path, (str, os.PathLike)):
+        return _live_stats(model_or_path, adapter, norms, progress)
+    path = model_or_path
+    if adapter is None and is_adapter(path):
+        record = read_adapter(path)
+        notes = _notes(record)
+        return collect(
+            None, [record], source=str(path), notes=notes, measured=norms, progress=progress
+        )
+    with open_checkpoint(path, key) as checkpoint:
+        if adapter is None:
+            return collect(checkpoint.weights, [], source=str(path))
+        record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        names = [n for t in record.targets.values() for n in (t.target.name, *t.also, *t.apart)]
+        check_fit(
+            record,
+            checkpoint.fingerprint(names),
+            str(path),
+            check_fingerprint=check_fingerprint,
+        )
+        return collect(
+            checkpoint.weights,
+            [record],
+            checkpoint.array if norms else None,
+            source=f"{path} with {record.source}",
+            notes=_notes(record),
+            measured=norms,
+            progress=progress,
+        )
+
+
+def _notes(record: Adapter) -> list[str]:
+    return [f"adapter {record.name!r}"] if record.name != "default" else []
+
+
+def _live_stats(model: nn.Module, adapter: object, norms: bool, progress: Progress | None) -> Stats:
+    from lora_param.model.adapters import parameters
+    from lora_param.model.record import get_adapter
+    from lora_param.model.sites import adapter_names, unwrapped
+
+    if isinstance(adapter, Adapter) or not (adapter is None or isinstance(adapter, str)):
+        raise OptionError("adapter", adapter, "the name of an adapter on the model")
+    model = unwrapped(model)
+    names = adapter_names(model) if adapter is None else [adapter]
+    records = [get_adapter(model, name) for name in names]
+    on_meta = any(p.is_meta for p in model.parameters())
+    factors = {id(p) for p in parameters(model)} if names else set()
+    tensors = dict(model.named_parameters())
+    return collect(
+        weights_of(model),
+        records,
+        _live_array(model) if norms and not on_meta else None,
+        source=type(model).__name__.removeprefix("Parametrized"),
+        unfrozen=sum(
+            p.numel() for p in tensors.values() if p.requires_grad and id(p) not in factors
+        ),
+        measured=norms and not on_meta,
+        progress=progress,
+    )
+
+
+def _live_array(model: nn.Module) -> Any:
+    from lora_param.model.sites import base_tensors
+
+    tensors = base_tensors(model)
+    return lambda name: as_array(tensors[name])
+
+
+def enable(
+    model_or_path: nn.Module | PathLike,
+    adapter: str | None = None,
+    targets: Patterns | None = None,
+) -> None:
+    """Let updates take part in their weights; W is never written to.
+
+    Args:
+        model_or_path: an adapted model, or an adapter file, which is changed in place, atomically;
+            every later command and `load` honours it.
+        adapter: the name of one adapter on the model, or all where None.
+        targets: patterns that choose among its targets, or all where None.
+
+    Raises:
+        NoAdapterError: no such adapter.
+        TargetError: a pattern matches none of its targets.
+        FileError: the file is no adapter, or cannot be written.
+    """
+    _switch(model_or_path, adapter, targets, True)
+
+
+def disable(
+    model_or_path: nn.Module | PathLike,
+    adapter: str | None = None,
+    targets: Patterns | None = None,
+) -> None:
+    """Leave updates out: the weights read as W again, bit for bit. Takes what `enable` takes."""
+    _switch(model_or_path, adapter, targets, False)
+
+
+def _switch(
+    model_or_path: nn.Module | PathLike,
+    adapter: str | None,
+    targets: Patterns | None,
+    enabled: bool,
+) -> None:
+    if isinstance(model_or_path, (str, os.PathLike)):
+        if adapter is not None:
+            raise OptionError("adapter", adapter, "None for a file, which holds one adapter")
+        toggle_file(model_or_path, enabled, targets)
+        return
+    from lora_param.model.switching import switch
+
+    switch(model_or_path, enabled, adapter, targets)
+
+
+def save(
+    model: nn.Module, path: PathLike, adapter: str = "default", format: str | None = None
+) -> Path:
+    """Write an adapter of the model to a file, atomically; its bytes depend on its content alone.
+
+    Args:
+        model: an adapted model.
+        path: the file to write; an adapter that is there is replaced.
+        adapter: which adapter.
+        format: a name of the formats' registry; None is the native one.
+
+    Raises:
+        NoAdapterError: no such adapter.
+        NonFiniteError: a factor is NaN or infinite.
+        OutputError: the file cannot be written.
+    """
+    from lora_param.model.record import get_adapter
+
+    write_adapter(get_adapter(model, adapter), path, format)
+    return Path(path)
+
+
+def load(
+    model: Model,
+    path: PathLike,
+    adapter: str = "default",
+    strict: bool = True,
+    *,
+    freeze: bool = True,
+    check_fingerprint: bool = True,
+) -> Model:
+    """Load an adapter file onto a model.
+
+    Where the model has an adapter of this name, its factors, scales and toggles are overwritten,
+    and its targets and ranks must be the file's. Otherwise it is attached as the file says.
+
+    Args:
+        model: a plain or an adapted model.
+        path: the adapter file.
+        adapter: the name to load it under.
+        strict: every tensor of the file is used and every target of the model filled. False loads
+            what both sides have into an existing adapter, with a warning that counts the rest.
+        freeze: set requires_grad to False on everything but the factors.
+        check_fingerprint: refuse a base with other dtypes or values than it was made on.
+
+    Returns:
+        The model.
+
+    Raises:
+        MismatchError: names or shapes differ; both sides are listed.
+        FingerprintError: same names and shapes, another base.
+        FileError: the file is missing, broken, or no adapter.
+    """
+    from lora_param.model.adapters import attach
+    from lora_param.model.record import load_into
+    from lora_param.model.sites import adapter_names
+
+    record = read_adapter(path)
+    if adapter in adapter_names(model):
+        load_into(model, record, adapter, strict=strict, check_fingerprint=check_fingerprint)
+        return model
+    return attach(model, record, adapter, freeze=freeze, check_fingerprint=check_fingerprint)

@@ -1,0 +1,298 @@
+"""The commands. Each is one library call; what it takes and prints is decided here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import lora_param as lp
+from lora_param.cli.terminal import progress_bar, show, show_json
+from lora_param.errors import OptionError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="lora-param",
+    help="LoRA for any weight of any PyTorch model or checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Targets, formats and the library: see the README.",
+)
+
+_MODEL = (
+    "A .safetensors, .pt, .pth, .bin or .ckpt file, a directory of them, "
+    "or python:package.module:callable."
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+AdapterFile = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="An adapter file.", show_default=False)
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("-t", "--target", metavar="PATTERN", help="Weights to choose; may be repeated."),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which nested state dict of a pickled checkpoint."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk: faster.")]
+AnyBase = Annotated[
+    bool,
+    typer.Option("--ignore-fingerprint", help="Accept a base with other values or dtypes."),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        show(f"lora-param {lp.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """LoRA for any weight of any PyTorch model or checkpoint."""
+
+
+@app.command()
+def apply(
+    model: Model,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="ADAPTER", help="The adapter file to write."),
+    ] = None,
+    target: Targets = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="PATTERN", help="Weights to leave out; repeatable."),
+    ] = None,
+    rank: Annotated[int, typer.Option("-r", "--rank", help="Rows of A, columns of B.")] = 8,
+    alpha: Annotated[float, typer.Option("--alpha", help="Strength: scale is alpha/rank.")] = 16.0,
+    scaling: Annotated[
+        str, typer.Option(help="standard (alpha/rank), rslora (alpha/√rank) or constant (alpha).")
+    ] = "standard",
+    init: Annotated[
+        str, typer.Option(help="kaiming, he, normal:STD, orthogonal, pissa or olora.")
+    ] = "kaiming",
+    dropout: Annotated[float, typer.Option(help="Dropout on the input of A in training.")] = 0.0,
+    variant: Annotated[str, typer.Option(help="lora.")] = "lora",
+    tied: Annotated[
+        str, typer.Option(help="One side of a tied pair: error, together or apart.")
+    ] = "error",
+    name: Annotated[str, typer.Option(help="The adapter's name.")] = "default",
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the factors, and so the file, repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and write nothing.")
+    ] = False,
+    key: Key = None,
+    force: Force = False,
+    no_sync: NoSync = False,
+    json: Json = False,
+) -> None:
+    """Register LoRA on chosen weights: print the plan, write the adapter.
+
+    Example: lora-param apply model.safetensors -t q_proj -t v_proj -r 8 -o adapter.safetensors
+    """
+    if output is None and not dry_run:
+        raise typer.BadParameter("needed, unless --dry-run is given", param_hint="'-o'")
+    settings: dict[str, Any] = {
+        "exclude": exclude or (),
+        "rank": rank,
+        "alpha": alpha,
+        "scaling": scaling,
+        "init": init,
+        "dropout": dropout,
+        "variant": variant,
+        "tied": tied,
+        "key": key,
+    }
+    targets = target or "all-linear"
+    if dry_run or output is None:
+        plan = lp.plan(model, targets, **settings)
+    else:
+        plan = lp.apply_checkpoint(
+            model, targets, output, name=name, seed=seed, force=force, sync=not no_sync, **settings
+        )
+    if json:
+        show_json({**plan.to_dict(), "output": None if dry_run else str(output)})
+        return
+    from lora_param.report.terminal import plan_view
+
+    show(plan_view(plan))
+    if not dry_run:
+        show(f"Wrote {output}.")
+
+
+@app.command()
+def stats(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|ADAPTER", help=f"{_MODEL} Or an adapter file.", show_default=False
+        ),
+    ],
+    adapter: Annotated[
+        Path | None,
+        typer.Argument(metavar="[ADAPTER]", help="An adapter to look at on MODEL."),
+    ] = None,
+    fail_on_dead: Annotated[
+        bool,
+        typer.Option("--fail-on-dead", help="Exit with status 1 if a target is still zero."),
+    ] = False,
+    norms: Annotated[
+        bool, typer.Option("--norms/--no-norms", help="Measure the updates; reads the weights.")
+    ] = True,
+    key: Key = None,
+    ignore_fingerprint: AnyBase = False,
+    json: Json = False,
+) -> None:
+    """Show what is in a model, an adapter, or an adapter on a model.
+
+    Example: lora-param stats model.safetensors adapter.safetensors
+    """
+    with progress_bar("Measuring", quiet=json) as progress:
+        found = lp.stats(
+            model,
+            adapter,
+            norms=norms,
+            key=key,
+            check_fingerprint=not ignore_fingerprint,
+            progress=progress,
+        )
+    if json:
+        show_json(found.to_dict())
+    else:
+        show(found)
+    if fail_on_dead and found.dead:
+        raise typer.Exit(1)
+
+
+@app.command()
+def enable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> None:
+    """Enable targets of an adapter file, in place; all of them without -t.
+
+    Example: lora-param enable adapter.safetensors -t q_proj
+    """
+    _toggle(adapter, target, True, json)
+
+
+@app.command()
+def disable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> None:
+    """Disable targets of an adapter file, in place; all of them without -t.
+
+    The factors stay as they are; stats, bake and load leave the updates out.
+
+    Example: lora-param disable adapter.safetensors
+    """
+    _toggle(adapter, target, False, json)
+
+
+def _toggle(adapter: Path, target: list[str] | None, enabled: bool, json: bool) -> None:
+    (lp.enable if enabled else lp.disable)(adapter, targets=target)
+    targets = lp.read_adapter(adapter).targets
+    on = sum(t.enabled for t in targets.values())
+    if json:
+        show_json(
+            {
+                "adapter": str(adapter),
+                "enabled": [k for k, t in targets.items() if t.enabled],
+                "disabled": [k for k, t in targets.items() if not t.enabled],
+            }
+        )
+    else:
+        show(f"{adapter}: {on} of {len(targets)} targets enabled, {len(targets) - on} disabled.")
+
+
+@app.command()
+def bake(
+    model: Model,
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER[=WEIGHT]...",
+            help="Adapter files; WEIGHT multiplies the update.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="The merged checkpoint to write."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="Write floating weights as e.g. bfloat16.")
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Replace MODEL itself, atomically.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the output again and compare every tensor.")
+    ] = False,
+    key: Key = None,
+    ignore_fingerprint: AnyBase = False,
+    force: Force = False,
+    no_sync: NoSync = False,
+    json: Json = False,
+) -> None:
+    """Write the merged checkpoint: same names, shapes, dtypes, shards and side files as MODEL.
+
+    Example: lora-param bake model.safetensors adapter.safetensors -o merged.safetensors
+    """
+    if (output is None) == (not in_place):
+        raise typer.BadParameter("give either -o OUT or --in-place", param_hint="'-o'")
+    with progress_bar("Baking", quiet=json) as progress:
+        report = lp.bake_checkpoint(
+            model,
+            [_weighted(text) for text in adapters],
+            output,
+            dtype=dtype,
+            key=key,
+            check_fingerprint=not ignore_fingerprint,
+            in_place=in_place,
+            force=force,
+            sync=not no_sync,
+            verify=verify,
+            progress=progress,
+        )
+    if json:
+        show_json(report.to_dict())
+        return
+    from lora_param.report.terminal import bake_view
+
+    show(bake_view(report))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """`ADAPTER=WEIGHT`; a name with an equals sign in it stays whole if such a file exists."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise OptionError(f"the weight of {path}", weight, "a number, as in ADAPTER=0.5") from None
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Where to leave its files.")
+    ] = Path("lora-param-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Tell the whole story in half a minute, on an embedded net and real digits."""
+    from lora_param.demo.story import run
+
+    run(folder, seed=seed)

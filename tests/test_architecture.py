@@ -1,0 +1,170 @@
+"""The shape of the house: who may import whom, and who may touch what."""
+
+from __future__ import annotations
+
+import ast
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import lora_param
+
+ROOT = Path(lora_param.__file__).parent
+ORDER = [
+    "errors",
+    "targets.regions",
+    "targets.weights",
+    "targets.settings",
+    "targets.patterns",
+    "targets.plan",
+    "fingerprint",
+    "weight",
+    "adapter",
+    "model.lora",
+    "model.attach",
+    "model.sites",
+    "model.record",
+    "model.adapters",
+    "model.switching",
+    "model.state",
+    "checkpoint",
+    "formats",
+    "report",
+    "api",
+    "demo",
+    "cli",
+    "__main__",
+]
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(p): p for p in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """Every import in a file, function-local and typing-only ones included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def inner_imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports."""
+    names = {i.removeprefix("lora_param.") for i in imports(path) if i.startswith("lora_param.")}
+    return {name for name in names if name in MODULES}
+
+
+def floor(module: str) -> int:
+    return next(i for i, o in enumerate(ORDER) if module == o or module.startswith(f"{o}."))
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("", "targets", "model")])
+def test_a_file_imports_only_from_above(module: str) -> None:
+    for other in inner_imports(MODULES[module]):
+        if other in ("targets", "model"):
+            continue
+        assert floor(other) <= floor(module), f"{module} imports {other}, which is below it"
+        if module.startswith("checkpoint"):
+            assert not other.startswith("model"), f"{module} imports {other}: they meet in adapter"
+
+
+def test_there_is_no_import_cycle() -> None:
+    graph = {m: inner_imports(p) - {m} for m, p in MODULES.items() if m}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join([*path, module])
+        if module not in done:
+            for other in graph.get(module, ()):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("typer", ("cli",)),
+        ("click", ("cli",)),
+        ("rich", ("cli", "report", "demo")),
+        ("torch.nn.utils.parametrize", ("model.attach",)),
+        ("safetensors", ("checkpoint", "formats")),
+    ],
+)
+def test_a_library_stays_in_its_wing(library: str, allowed: tuple[str, ...]) -> None:
+    for module, path in MODULES.items():
+        used = any(i == library or i.startswith(f"{library}.") for i in imports(path))
+        assert not used or module.startswith(allowed), f"{module} imports {library}"
+
+
+def test_the_public_names_are_sorted_and_there() -> None:
+    assert lora_param.__all__ == [*sorted(lora_param.__all__[:-1]), "__version__"]
+    for a, b in pairwise(lora_param.__all__[:-1]):
+        assert a < b
+    for name in lora_param.__all__:
+        assert getattr(lora_param, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lora_param.nothing
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(lora_param.__all__) == {
+        "Adapter",
+        "BakeReport",
+        "LoRA",
+        "LoraParamError",
+        "Plan",
+        "Stats",
+        "UserError",
+        "__version__",
+        "apply",
+        "apply_checkpoint",
+        "attach",
+        "bake",
+        "bake_checkpoint",
+        "base_state_dict",
+        "disable",
+        "disabled",
+        "enable",
+        "get_adapter",
+        "load",
+        "merged_state_dict",
+        "param_groups",
+        "parameters",
+        "plan",
+        "read_adapter",
+        "remove",
+        "save",
+        "set_scale",
+        "stats",
+        "write_adapter",
+    }
+
+
+def test_every_public_thing_is_documented() -> None:
+    for name in lora_param.__all__:
+        value = getattr(lora_param, name)
+        assert name == "__version__" or len(value.__doc__ or "") > 40, name
+
+
+def test_every_exception_is_in_the_tree() -> None:
+    from lora_param import errors
+
+    drawn = errors.__doc__ or ""
+    for name in errors.__all__:
+        assert name in drawn, name
+        assert issubclass(getattr(errors, name), errors.LoraParamError)
