@@ -6,8 +6,9 @@ three ways:
 
 - its properties read `self`. torch's close over the module they were made for, so that a deepcopy
   can return the original's weight;
-- it can be pickled and copied, each copy getting a class of its own. torch refuses to pickle, and
-  its copies share a class that `remove_parametrizations` takes apart under the other's feet;
+- it can be pickled and copied. torch refuses to pickle, and its copies share a class that
+  `remove_parametrizations` takes apart under the other's feet; ours is shared by all like modules,
+  and never changed;
 - a state dict under the original names loads: `weight` goes to `parametrizations.weight.original`.
 
 A module that somebody else has parametrized keeps torch's class; LoRA joins its chain.
@@ -62,7 +63,12 @@ class Site:
 
 def chain_of(owner: nn.Module, tensor: str) -> parametrize.ParametrizationList:
     """The parametrizations of a tensor, in order."""
-    return cast(parametrize.ParametrizationList, owner.parametrizations[tensor])  # type: ignore[index]
+    return cast(parametrize.ParametrizationList, _lists(owner)._modules[tensor])
+
+
+def _lists(owner: nn.Module) -> nn.ModuleDict:
+    """The module's parametrizations, without asking for them under their name (see below)."""
+    return cast(nn.ModuleDict, owner._modules["parametrizations"])
 
 
 def is_plain_chain(owner: nn.Module, tensor: str) -> bool:
@@ -97,18 +103,19 @@ def attach_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
     `unsafe` skips torch's check forward, which would build each weight: planning has already
     checked all it checks.
     """
-    foreign = parametrize.is_parametrized(owner) and not _is_ours(owner)
-    if not parametrize.is_parametrized(owner):
+    parametrized = "parametrizations" in owner._modules
+    foreign = parametrized and not _is_ours(owner)
+    if not parametrized:
         order = tuple(owner._parameters)
         parametrize.register_parametrization(owner, tensor, lora, unsafe=True)
-        owner.parametrizations.__dict__[_ORDER] = order
+        _lists(owner).__dict__[_ORDER] = order
     else:
         parametrize.register_parametrization(owner, tensor, lora, unsafe=True)
     if foreign:
         _hook_loading(owner)
     else:
         base = getattr(type(owner), _BASE, type(owner).__bases__[0])
-        owner.__class__ = _make_class(base, tuple(owner.parametrizations))  # type: ignore[arg-type]
+        owner.__class__ = _shared_class(base, tuple(_lists(owner)))
 
 
 def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
@@ -127,13 +134,12 @@ def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
         parametrize.remove_parametrizations(owner, tensor, leave_parametrized=False)
         _unhook_loading(owner)
         return
-    lists = owner._modules["parametrizations"]
-    assert isinstance(lists, nn.ModuleDict)
+    lists = _lists(owner)
     order = lists.__dict__[_ORDER]
     del lists[tensor]
     base = getattr(type(owner), _BASE)
     if lists:
-        owner.__class__ = _make_class(base, tuple(lists))
+        owner.__class__ = _shared_class(base, tuple(lists))
     else:
         del owner._modules["parametrizations"]
         owner.__class__ = base
@@ -155,16 +161,38 @@ def replace_original(owner: nn.Module, tensor: str, parameter: nn.Parameter) -> 
 # --- the injected class -----------------------------------------------------------------------
 
 
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _shared_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
+    """The class of all modules of class `base` on which `tensors` are computed.
+
+    Sharing it lets torch.compile use one graph for many like modules. But torch's own functions
+    change the class of the module they are given: whoever asks a module for its
+    `parametrizations`, as they all do first, gives it a class of its own.
+    """
+    known = _classes.get((base, tensors))
+    if known is not None:
+        return known
+    cls = _classes[base, tensors] = _make_class(base, tensors)
+
+    def get(self: nn.Module) -> nn.Module:
+        self.__class__ = _make_class(base, tensors)
+        return _lists(self)
+
+    cls.parametrizations = property(get)  # type: ignore[attr-defined]
+    return cls
+
+
 def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
-    """A class of one module's own, on which `tensors` are computed."""
+    """A class derived from `base` on which `tensors` are computed."""
 
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         rename_base_keys(self, state_dict, prefix)
         base._load_from_state_dict(self, state_dict, prefix, *rest)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:  # noqa: ARG001  pickle's signature
-        names = tuple(self._modules["parametrizations"]._modules)  # type: ignore[union-attr]
-        return _rebuild, (base, names), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, (base, tuple(_lists(self))), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if isinstance(getattr(type(self), name, None), property) and name in tensors:
@@ -188,7 +216,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 def _computed(tensor: str) -> property:
     def get(self: nn.Module) -> Tensor:
-        return cast(Tensor, chain_of(self, tensor)())
+        return _read(chain_of(self, tensor))
 
     def set_(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, tensor)
@@ -199,9 +227,20 @@ def _computed(tensor: str) -> property:
     return property(get, set_)
 
 
+def _read(chain: parametrize.ParametrizationList) -> Tensor:
+    """What the chain gives, without the look-ups that torch's own forward costs."""
+    W = chain._parameters.get("original")
+    if W is None or chain._forward_hooks or chain._forward_pre_hooks:
+        return cast(Tensor, chain())
+    value: Tensor = W
+    for item in chain._modules.values():
+        value = item(value)
+    return value
+
+
 def _rebuild(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:
     module = base.__new__(base)
-    module.__class__ = _make_class(base, tensors)
+    module.__class__ = _shared_class(base, tensors)
     return module
 
 
@@ -213,7 +252,7 @@ def rename_base_keys(
     The base goes to `parametrizations.weight.original`. The adapter is no part of such a state
     dict: its own values stand in for it, so that a strict load passes and leaves it as it is.
     """
-    for tensor, chain in module._modules["parametrizations"].named_children():  # type: ignore[union-attr]
+    for tensor, chain in _lists(module).named_children():
         if f"{prefix}{tensor}" not in state_dict or not is_plain_chain(module, tensor):
             continue
         inner = f"{prefix}parametrizations.{tensor}."

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self, cast
+
 import torch
 from torch import Tensor, nn
 
 import lora_param.weight.rules  # noqa: F401  registers what operations do with an adapted weight
 from lora_param.adapter import TENSORS, AdapterTarget
 from lora_param.targets.regions import Region
+from lora_param.targets.settings import Settings
 from lora_param.weight.adapted import adapt
 from lora_param.weight.update import Update, join_factors
 
 __all__ = ["LoRA"]
+
+
+_SCALE = "scale_tensor"
 
 
 class LoRA(nn.Module):
@@ -28,6 +35,7 @@ class LoRA(nn.Module):
         adapter: name of the adapter it belongs to.
         enabled: the update takes part in the weight.
         strength: multiplies the scale; 1.0 as trained.
+        scale: what multiplies B @ A; set through `configure`.
 
     Example:
         >>> import lora_param as lp
@@ -44,25 +52,49 @@ class LoRA(nn.Module):
     def __init__(self, target: AdapterTarget, factors: dict[str, Tensor], adapter: str) -> None:
         super().__init__()
         self.adapter = adapter
-        self.settings = target.settings
         self.region: Region = target.target.region
         self.enabled = target.enabled
-        self.strength = target.strength
         self.lora_A = nn.Parameter(factors["lora_A"])
         self.lora_B = nn.Parameter(factors["lora_B"])
         self.register_buffer("initial_A", factors.get("initial_A"))
         self.register_buffer("initial_B", factors.get("initial_B"))
+        self.configure(target.settings, target.strength)
 
-    @property
-    def scale(self) -> float:
-        """What multiplies B @ A."""
-        return self.settings.scale * self.strength
+    def configure(self, settings: Settings, strength: float = 1.0) -> None:
+        """Set settings and strength, and with them the scale.
+
+        The scale is kept twice: as a number, which costs nothing in eager mode, and as a tensor,
+        which compiled code reads anew at each call instead of being compiled for its value.
+        """
+        self.settings, self.strength = settings, strength
+        self.scale, self.dropout = settings.scale * strength, settings.dropout
+        known = self._buffers.get(_SCALE)
+        if known is None or known.is_meta:
+            wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+            fresh = torch.full((), self.scale, dtype=wide, device=self.lora_A.device)
+            self.register_buffer(_SCALE, fresh, persistent=False)
+        else:
+            known.fill_(self.scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts, as for any module; the scale is not rounded with the factors."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        del self._buffers[_SCALE]
+        self.configure(self.settings, self.strength)
+        return self
 
     def update(self) -> Update:
         """ΔW as factors, scale and region."""
-        A, B = join_factors(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
-        dropout = self.settings.dropout if self.training else 0.0
-        return Update(A, B, self.scale, self.region, dropout)
+        own, fixed = self._parameters, self._buffers  # each weight access passes here: no getattr
+        A, B = join_factors(
+            cast(Tensor, own["lora_A"]),
+            cast(Tensor, own["lora_B"]),
+            fixed["initial_A"],
+            fixed["initial_B"],
+        )
+        dropout = self.dropout if self.training else 0.0
+        scale = fixed[_SCALE] if torch.compiler.is_compiling() else self.scale
+        return Update(A, B, cast(float, scale), self.region, dropout)
 
     def forward(self, W: Tensor) -> Tensor:
         """W itself while disabled, otherwise the adapted weight: W's shape and dtype."""

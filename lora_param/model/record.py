@@ -99,9 +99,6 @@ def load_into(
         )
     for key in both:
         lora, target = mine[key].lora, adapter.targets[key]
-        lora.settings, lora.strength, lora.enabled = (
-            target.settings,
-            target.strength,
-            target.enabled,
-        )
+        lora.configure(target.settings, target.strength)
+        lora.enabled = target.enabled
         lora.copy_factors(factors[key])

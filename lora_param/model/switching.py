@@ -58,4 +58,4 @@ def set_scale(
     if not math.isfinite(factor):
         raise OptionError("factor", factor, "a finite number")
     for lora in chosen_loras(model, adapter, targets):
-        lora.strength = float(factor)
+        lora.configure(lora.settings, float(factor))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from lora_param.errors import ComputedWeightError, InternalError
 from lora_param.weight.update import Update, merge
 
-__all__ = ["RULES", "AdaptedWeight", "adapt", "implements"]
+__all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "implements"]
 
 Rule = Callable[..., Any]
 
@@ -62,6 +63,10 @@ _WRITES |= {f"__i{name}__" for name in _IN_PLACE.split()}
 class AdaptedWeight(Tensor):
     """A tensor equal to W + Σ scale·(B @ A), built only where an operation needs the matrix.
 
+    Two classes make it: this one, W seen as a subclass, can be traced by torch.compile and is made
+    while compiling; the eager one has no data of its own, so that a pointer taken behind our back
+    fails instead of reading W.
+
     Attributes:
         base: W.
         updates: what is added, in order.
@@ -69,11 +74,50 @@ class AdaptedWeight(Tensor):
 
     base: Tensor
     updates: tuple[Update, ...]
+
+    def build(self) -> Tensor:
+        """W + ΔW as a plain tensor of W's shape and dtype."""
+        return merge(self.base, self.updates)
+
+    @property
+    def differentiable(self) -> bool:
+        """Gradients flow into W or into some factor."""
+        return self.base.requires_grad or any(
+            u.A.requires_grad or u.B.requires_grad for u in self.updates
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if rule := RULES.get(func):
+            result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling():  # which cannot trace the check
+            _refuse_writes(func, args, kwargs)
+        return func(*_build_all(args), **_build_all(kwargs))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"AdaptedWeight({self.build()!r}, updates={len(self.updates)})"
+
+
+class _EagerAdaptedWeight(AdaptedWeight):
+    """An `AdaptedWeight` without data, for everything but tracing."""
+
     _built: dict[bool, tuple[tuple[int, ...], Tensor]]
 
     @staticmethod
-    def __new__(cls, base: Tensor, updates: Sequence[Update]) -> AdaptedWeight:  # noqa: D102
-        self: AdaptedWeight = Tensor._make_wrapper_subclass(
+    def __new__(cls, base: Tensor, updates: Sequence[Update]) -> _EagerAdaptedWeight:
+        self: _EagerAdaptedWeight = Tensor._make_wrapper_subclass(
             cls,
             base.size(),
             strides=base.stride(),
@@ -106,32 +150,6 @@ class AdaptedWeight(Tensor):
             known = self._built[grad] = versions, merge(self.base, self.updates)
         return known[1]
 
-    @property
-    def differentiable(self) -> bool:
-        """Gradients flow into W or into some factor."""
-        return self.base.requires_grad or any(
-            u.A.requires_grad or u.B.requires_grad for u in self.updates
-        )
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if rule := RULES.get(func):
-            result = rule(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        _refuse_writes(func, args, kwargs)
-        return func(*_build_all(args), **_build_all(kwargs))
-
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls,
@@ -145,30 +163,32 @@ class AdaptedWeight(Tensor):
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedWeight:
-        from copy import deepcopy
-
-        copy = AdaptedWeight(
-            deepcopy(self.base, memo),
-            [
-                Update(deepcopy(u.A, memo), deepcopy(u.B, memo), u.scale, u.region, u.dropout)
-                for u in self.updates
-            ],
-        )
-        memo[id(self)] = copy
+        updates = [
+            Update(deepcopy(u.A, memo), deepcopy(u.B, memo), u.scale, u.region, u.dropout)
+            for u in self.updates
+        ]
+        copy = memo[id(self)] = _EagerAdaptedWeight(deepcopy(self.base, memo), updates)
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return AdaptedWeight, (self.base, self.updates)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"AdaptedWeight({self.build()!r}, updates={len(self.updates)})"
+        return _EagerAdaptedWeight, (self.base, self.updates)
 
 
 def adapt(W: Tensor, update: Update) -> AdaptedWeight:
-    """W with one more update."""
+    """W, which may be adapted already, with one more update."""
     if isinstance(W, AdaptedWeight):
-        return AdaptedWeight(W.base, (*W.updates, update))
-    return AdaptedWeight(W, (update,))
+        return adapted(W.base, (*W.updates, update))
+    return adapted(W, (update,))
+
+
+def adapted(W: Tensor, updates: Sequence[Update]) -> AdaptedWeight:
+    """The weight that is W plus these updates."""
+    if not torch.compiler.is_dynamo_compiling():
+        return _EagerAdaptedWeight(W, updates)
+    weight = W.as_subclass(AdaptedWeight)
+    weight.base = W
+    weight.updates = tuple(updates)
+    return weight
 
 
 @implements(_getter("requires_grad"))

@@ -16,14 +16,14 @@ from lora_param.targets.regions import WHOLE, Region
 __all__ = ["Update", "compute_dtype", "join_factors", "merge", "update_matrix"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Update:
     """One ΔW = scale·(B @ A) over a region of a weight.
 
     Attributes:
         A: factor of shape (rank, in), or (E, rank, in) for a stack.
         B: factor of shape (out, rank), or (E, out, rank) for a stack.
-        scale: what multiplies B @ A.
+        scale: what multiplies B @ A; a 0-d tensor while compiling.
         region: the part of the weight it adds to.
         dropout: probability with which an element of the input is dropped before A, where the
             operation shows the input.

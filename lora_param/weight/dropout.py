@@ -1,0 +1,73 @@
+"""Dropout on the input of A that keeps neither a dropped copy nor a mask of floats.
+
+Sixteen random bits decide an element. The decisions are kept as bits, an eighth of a byte each,
+and the input is masked block by block as it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["draw_bits", "keep_probability", "masked_blocks"]
+
+_LEVELS = 1 << 16  # resolution of the probability
+_BLOCK = 1 << 17  # elements masked at a time on a CPU: they stay in its cache
+
+
+def keep_probability(p: float) -> float:
+    """The probability with which an element is really kept, p being rounded to 1/65536."""
+    return 1 - round(p * _LEVELS) / _LEVELS
+
+
+def _rows_in_block(rows: int, columns: int, device: torch.device) -> int:
+    """Rows masked at a time: a multiple of 8, so that every block begins on a whole byte."""
+    if device.type != "cpu":
+        return rows
+    return min(rows, max(8, _BLOCK // columns // 8 * 8))
+
+
+def draw_bits(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
+    """Draw which elements of a (rows, columns) input are kept. uint8, eight elements each.
+
+    The seed comes from torch's generator, so that `torch.manual_seed` repeats the draw.
+    """
+    dropped = round(p * _LEVELS)
+    if device.type != "cpu":
+        count = -(-rows * columns // 8) * 8
+        keep = torch.rand(count, device=device) >= dropped / _LEVELS
+        shifts = torch.arange(7, -1, -1, device=device, dtype=torch.uint8)
+        return (keep.view(-1, 8).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
+    seed = int(torch.randint(1 << 62, ()).item())
+    generator = np.random.SFC64(seed)
+    step = _rows_in_block(rows, columns, device) * columns
+    packed = []
+    for start in range(0, rows * columns, step):
+        count = min(step, rows * columns - start)
+        draws = generator.random_raw(-(-count // 4)).view(np.uint16)[:count]
+        packed.append(np.packbits(draws >= dropped))
+    return torch.from_numpy(packed[0] if len(packed) == 1 else np.concatenate(packed))
+
+
+def masked_blocks(x: Tensor, bits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of x in blocks, with a mask of ones and zeros for each block. (rows, columns)
+
+    Args:
+        x: input of shape (rows, columns), to whose device the masks go.
+        bits: what `draw_bits` gave for that shape.
+    """
+    rows, columns = x.shape
+    step = _rows_in_block(rows, columns, x.device)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        count = (stop - start) * columns
+        part = bits[start * columns // 8 :]
+        if x.device.type == "cpu":
+            keep = torch.from_numpy(np.unpackbits(part.numpy(), count=count))
+        else:
+            shifts = torch.arange(7, -1, -1, device=x.device, dtype=torch.uint8)
+            keep = (part[:, None] >> shifts).bitwise_and_(1).view(-1)[:count]
+        yield slice(start, stop), keep.view(stop - start, columns)
