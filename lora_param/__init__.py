@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lora_param.model.adapters import param_groups as param_groups
     from lora_param.model.adapters import parameters as parameters
     from lora_param.model.adapters import remove as remove
+    from lora_param.model.cache import cached as cached
     from lora_param.model.lora import LoRA as LoRA
     from lora_param.model.record import get_adapter as get_adapter
     from lora_param.model.state import bake as bake
@@ -64,6 +65,7 @@ _HOMES = {
     "bake": "model.state",
     "bake_checkpoint": "formats.bake",
     "base_state_dict": "model.state",
+    "cached": "model.cache",
     "disable": "api",
     "disabled": "model.switching",
     "enable": "api",

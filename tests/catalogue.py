@@ -138,6 +138,53 @@ class Cell(nn.Module):
         return h
 
 
+class GruCell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[1], 6)
+        for step in x:
+            h = self.cell(step, h)
+        return h
+
+
+class Experts(nn.Module):
+    """Stacks of experts, as transformers keeps them: indexed one by one, and as a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.zeros(3, 8, 5))
+        self.down = nn.Parameter(torch.zeros(3, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(3):
+            gate, up = nn.functional.linear(x, self.gate_up[e]).chunk(2, -1)  # (N, 4) each
+            out = out + nn.functional.linear(torch.tanh(gate) * up, self.down[e])
+        ids = torch.tensor([2, 0])
+        batch = torch.bmm(x.expand(2, *x.shape), self.gate_up[ids].mT)  # (2, N, 8)
+        return out + torch.einsum("eni,eoi->no", batch[..., :4], self.down[ids])
+
+
+class Packed(nn.Module):
+    """Weights cut up, transposed and gathered by hand; `addmm` as GPT-2 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Parameter(torch.zeros(5, 15))
+        self.kv = nn.Parameter(torch.zeros(10, 5))
+        self.table = nn.Parameter(torch.zeros(7, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = torch.addmm(torch.ones(15), x, self.qkv).split(5, -1)  # (N, 5) each
+        w_k, w_v = self.kv.chunk(2)
+        k = k + nn.functional.linear(x, w_k)
+        v = v + x @ w_v.T + nn.functional.embedding(torch.tensor([0, 6, 6]), self.table)
+        return torch.softmax(q @ k.T, -1) @ v + self.table[1:4]
+
+
 def _x(*shape: int) -> Callable[[], tuple[Any, ...]]:
     return lambda: (torch.randn(shape),)
 
@@ -228,6 +275,11 @@ CASES = [
     Case("tied-apart", Tied, ["head", "mid"], _ids(2, 4), kwargs={"tied": "apart"}),
     Case("shared-module", SharedModule, ["first"], _x(3, 6), kwargs={"tied": "together"}),
     Case("parameter-list", Lists, ["items.*", "named.down"], _x(3, 5)),
+    Case("experts", Experts, ["gate_up[*]", "down[*]"], _x(4, 5)),
+    Case("experts-whole", Experts, ["gate_up", "down"], _x(4, 5)),
+    Case("packed", Packed, ["qkv", "kv", "table"], _x(3, 5)),
+    Case("packed-parts", Packed, ["qkv[:,5:15]", "kv[1/2]", "table[2:5]"], _x(3, 5)),
+    Case("gru-cell", GruCell, ["cell.weight_ih", "cell.weight_hh"], _x(4, 3, 5)),
     Case("rslora", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), kwargs={"scaling": "rslora"}),
     Case("constant", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), kwargs={"scaling": "constant"}),
     Case(

@@ -189,7 +189,6 @@ def _put_on(
             owner, tensor = where[name]
             if (id(owner), tensor) not in done:
                 done.add((id(owner), tensor))
-                lora.train(owner.training)
                 attach_lora(owner, tensor, lora)
 
 

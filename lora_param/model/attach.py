@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lora_param.errors import ComputedWeightError
+from lora_param.model.cache import kept
 from lora_param.model.lora import LoRA
 from lora_param.targets.weights import canonical_name
 
@@ -100,22 +101,25 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
 def attach_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
     """Register `lora` on a parameter of `owner`. The Parameter stays the same object.
 
-    `unsafe` skips torch's check forward, which would build each weight: planning has already
-    checked all it checks.
+    As `register_parametrization` does it, without what costs a build or a class for each weight:
+    its check forward, since planning has already checked all that it checks, and its injected
+    class, since ours takes its place.
     """
-    parametrized = "parametrizations" in owner._modules
-    foreign = parametrized and not _is_ours(owner)
-    if not parametrized:
-        order = tuple(owner._parameters)
+    lists = owner._modules.get("parametrizations")
+    if lists is not None and (tensor in lists._modules or not _is_ours(owner)):
         parametrize.register_parametrization(owner, tensor, lora, unsafe=True)
-        _lists(owner).__dict__[_ORDER] = order
-    else:
-        parametrize.register_parametrization(owner, tensor, lora, unsafe=True)
-    if foreign:
-        _hook_loading(owner)
-    else:
-        base = getattr(type(owner), _BASE, type(owner).__bases__[0])
-        owner.__class__ = _shared_class(base, tuple(_lists(owner)))
+        if not _is_ours(owner):
+            _hook_loading(owner)
+        return
+    if lists is None:
+        lists = owner._modules["parametrizations"] = nn.ModuleDict()
+        lists.__dict__[_ORDER] = tuple(owner._parameters)
+    original = cast(nn.Parameter, owner._parameters[tensor])
+    chain = parametrize.ParametrizationList([lora], original, unsafe=True)
+    del owner._parameters[tensor]
+    lists._modules[tensor] = chain if owner.training else chain.eval()
+    base = getattr(type(owner), _BASE, type(owner))
+    owner.__class__ = _shared_class(base, tuple(lists._modules))
 
 
 def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
@@ -216,7 +220,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 def _computed(tensor: str) -> property:
     def get(self: nn.Module) -> Tensor:
-        return _read(chain_of(self, tensor))
+        return _read(self._modules["parametrizations"]._modules[tensor])  # type: ignore[union-attr, arg-type]
 
     def set_(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, tensor)
@@ -235,7 +239,7 @@ def _read(chain: parametrize.ParametrizationList) -> Tensor:
     value: Tensor = W
     for item in chain._modules.values():
         value = item(value)
-    return value
+    return kept(chain, value)
 
 
 def _rebuild(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:

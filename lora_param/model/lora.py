@@ -48,12 +48,18 @@ class LoRA(nn.Module):
     lora_B: nn.Parameter
     initial_A: Tensor | None
     initial_B: Tensor | None
+    adapter: str
+    region: Region
+    enabled: bool
+    settings: Settings
+    strength: float
+    scale: float
+    dropout: float
 
     def __init__(self, target: AdapterTarget, factors: dict[str, Tensor], adapter: str) -> None:
         super().__init__()
-        self.adapter = adapter
-        self.region: Region = target.target.region
-        self.enabled = target.enabled
+        # Straight into __dict__: nn.Module's __setattr__ is half the time that attaching takes.
+        self.__dict__.update(adapter=adapter, region=target.target.region, enabled=target.enabled)
         self.lora_A = nn.Parameter(factors["lora_A"])
         self.lora_B = nn.Parameter(factors["lora_B"])
         self.register_buffer("initial_A", factors.get("initial_A"))
@@ -66,8 +72,10 @@ class LoRA(nn.Module):
         The scale is kept twice: as a number, which costs nothing in eager mode, and as a tensor,
         which compiled code reads anew at each call instead of being compiled for its value.
         """
-        self.settings, self.strength = settings, strength
-        self.scale, self.dropout = settings.scale * strength, settings.dropout
+        scale = settings.scale * strength
+        self.__dict__.update(
+            settings=settings, strength=strength, scale=scale, dropout=settings.dropout
+        )
         known = self._buffers.get(_SCALE)
         if known is None or known.is_meta:
             wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32

@@ -44,8 +44,8 @@ def _getter(name: str) -> Callable[..., Any]:
 # Answered by the wrapper itself, which has W's shape, dtype, device and layout.
 _PROPERTIES = "shape dtype device ndim layout itemsize nbytes is_cuda is_cpu is_mps is_xpu is_meta"
 _PROPERTIES += " is_sparse is_quantized is_nested"
-_METHODS = "size dim numel nelement element_size stride is_floating_point is_complex is_contiguous"
-_METHODS += " get_device __len__ __hash__"
+_METHODS = "size dim numel nelement element_size is_floating_point is_complex get_device"
+_METHODS += " __len__ __hash__"
 _METADATA = {
     *(_getter(name) for name in _PROPERTIES.split()),
     *(getattr(Tensor, name) for name in _METHODS.split()),
@@ -55,6 +55,7 @@ _NO_DROPOUT = (
     "dropout has no effect on a weight that is built as a whole: it acts on the input of A, which "
     "only some operations show (F.linear does)"
 )
+_LAYOUT = {Tensor.stride, Tensor.is_contiguous}
 _IN_PLACE = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
 _WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", "retain_grad"}
 _WRITES |= {f"__i{name}__" for name in _IN_PLACE.split()}
@@ -63,9 +64,8 @@ _WRITES |= {f"__i{name}__" for name in _IN_PLACE.split()}
 class AdaptedWeight(Tensor):
     """A tensor equal to W + Σ scale·(B @ A), built only where an operation needs the matrix.
 
-    Two classes make it: this one, W seen as a subclass, can be traced by torch.compile and is made
-    while compiling; the eager one has no data of its own, so that a pointer taken behind our back
-    fails instead of reading W.
+    Two classes make it: this one can be traced by torch.compile and is made while compiling; the
+    eager one has no data at all, so that a pointer taken behind our back fails.
 
     Attributes:
         base: W.
@@ -99,6 +99,8 @@ class AdaptedWeight(Tensor):
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func in _LAYOUT:
+            return func(args[0].base, *args[1:], **kwargs)
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -185,7 +187,10 @@ def adapted(W: Tensor, updates: Sequence[Update]) -> AdaptedWeight:
     """The weight that is W plus these updates."""
     if not torch.compiler.is_dynamo_compiling():
         return _EagerAdaptedWeight(W, updates)
-    weight = W.as_subclass(AdaptedWeight)
+    # Not W itself: an operation that torch.compile does not ask about would read W as if it were
+    # W + ΔW. Of NaN, which no result can hide.
+    empty = W.new_full((), float("nan")).expand(W.shape)
+    weight = empty.as_subclass(AdaptedWeight)
     weight.base = W
     weight.updates = tuple(updates)
     return weight

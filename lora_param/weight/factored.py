@@ -27,6 +27,7 @@ from lora_param.weight.update import Update
 __all__ = ["composed_linear", "factored_linear"]
 
 _SCRATCH = 64 << 20  # bytes; the most that a thread keeps for building
+_SMALL = 1 << 17  # elements of x, up to which autograd's own operations are quicker
 _local = threading.local()
 
 
@@ -56,11 +57,28 @@ def factored_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence
     factors: list[Tensor] = []
     for u in updates:
         factors += (u.A, u.B) if u.A.dtype == dtype else (u.A.to(dtype), u.B.to(dtype))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *factors)):
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *factors))
+    if grad and (x.numel() > _SMALL or any(u.dropout for u in updates)):
         return cast(Tensor, _Linear.apply(x, W, bias, updates, *factors))  # type: ignore[no-untyped-call]
-    return _forward(x.reshape(-1, W.shape[1]), W, bias, updates, factors, None).view(
-        *x.shape[:-1], W.shape[0]
+    rows = x.reshape(-1, W.shape[1])
+    y = (
+        _add_each(rows, W, bias, updates, factors)
+        if grad
+        else _forward(rows, W, bias, updates, factors, None)
     )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
+
+
+def _add_each(
+    x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update], factors: Sequence[Tensor]
+) -> Tensor:
+    """y for x (T, n) by operations that autograd records: for few rows, where the time that a
+    backward of our own takes to be called is more than what it saves."""
+    y = F.linear(x, W, bias)  # (T, m)
+    for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
+        h = F.linear(_of_input(x, u), A)  # (T, r)
+        _of_output(y, u).addmm_(h, B.t(), alpha=u.scale)
+    return y
 
 
 def composed_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
@@ -104,6 +122,8 @@ def _build(W: Tensor, updates: Sequence[Update], factors: Sequence[Tensor]) -> T
 def _scratch(W: Tensor) -> Tensor:
     """A buffer like W, on a CPU one that a thread uses again: fresh memory costs more to touch
     than the build does. Large weights get memory of their own, which is given back."""
+    if W.dim() == 2 and not W.is_contiguous() and W.t().is_contiguous():
+        return _scratch(W.t()).t()
     count = W.numel() * W.element_size()
     if W.device.type != "cpu" or not W.is_contiguous() or count > _SCRATCH:
         return torch.empty_like(W)

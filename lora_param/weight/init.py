@@ -133,6 +133,11 @@ def initial_factors(
     name, argument = parse_init(init)
     *lead, rows, columns = matrix
     device = torch.device(device)
+    if device.type == "meta":
+        shapes = {"lora_A": (*lead, rank, columns), "lora_B": (*lead, rows, rank)}
+        if name in _FROM_WEIGHT:
+            shapes |= {f"initial_{n[-1]}": shape for n, shape in shapes.items()}
+        return {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items()}
 
     def one(index: int | None) -> Factors:
         def weight() -> Tensor:

@@ -11,7 +11,6 @@ from torch._dynamo.testing import CompileCounter
 
 import lora_param as lp
 
-
 # Compiling warns about things inside torch: its own deprecations, and the .grad of its inputs.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,6 +14,13 @@ from lora_param.weight import factored
 from lora_param.weight.dropout import draw_bits, keep_probability, masked_blocks
 from lora_param.weight.factored import composed_linear, factored_linear
 from lora_param.weight.update import Update, merge
+
+
+@pytest.fixture(autouse=True, params=[0, 1 << 17], ids=["own backward", "autograd's"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Inputs of these sizes go through our backward, and through autograd's."""
+    monkeypatch.setattr(factored, "_SMALL", request.param)
+    return int(request.param)
 
 
 def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -35,7 +42,11 @@ def problems(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int, list[Region], 
     return (*batch, n), m, n, regions, ranks
 
 
-@settings(max_examples=150, deadline=None)
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     problems(), st.booleans(), st.sampled_from(["contiguous", "strided", "expanded"]), st.booleans()
 )
@@ -92,6 +103,7 @@ def test_gradcheck_once_and_twice(rows: int, region: Region) -> None:
 def test_both_orders_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
     build = factored._build
+    monkeypatch.setattr(factored, "_SMALL", 0)
     monkeypatch.setattr(factored, "_build", lambda *a: built.append(1) or build(*a))
     for rows, expected in ((2, 0), (20, 2)):
         built.clear()

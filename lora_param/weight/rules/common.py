@@ -1,0 +1,116 @@
+"""What all rules share: when they apply, what dtype they run in, what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_param.weight.adapted import AdaptedWeight
+from lora_param.weight.update import Update
+
+__all__ = ["add_into", "autocast", "built", "dense_is_cheaper", "factors", "is_lazy", "part"]
+__all__ += ["part_of_input", "plain_updates", "stacked_updates", "tracing", "whole"]
+
+
+def plain_updates(weight: AdaptedWeight) -> bool:
+    """Every update only adds scale·(B @ A): nothing rescales the sum, as DoRA's magnitude does."""
+    for u in weight.updates:  # noqa: SIM110  each product passes here: no generator
+        if getattr(u, "magnitude", None) is not None:
+            return False
+    return True
+
+
+def stacked_updates(weight: AdaptedWeight) -> bool:
+    """The weight is a stack of matrices (E, m, n), each with factors of its own."""
+    return weight.base.dim() == 3 and all(u.region.stacked for u in weight.updates)
+
+
+def is_lazy(value: Any) -> TypeGuard[AdaptedWeight]:
+    """An adapted weight that the rules of this package can work with."""
+    return isinstance(value, AdaptedWeight) and plain_updates(value)
+
+
+def built(value: Any) -> Any:
+    """The argument as a plain tensor, for operands that a rule has no use for as factors."""
+    return value.build() if isinstance(value, AdaptedWeight) else value
+
+
+def tracing() -> bool:
+    """Operations are being recorded or transformed: only torch's own, out of place, may be used."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """What autocast would make of the operands of a product."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible and t is not None else t
+
+    return [cast(t) for t in tensors]
+
+
+def factors(u: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B in the dtype that the product runs in."""
+    return u.A.to(dtype), u.B.to(dtype)
+
+
+def part(t: Tensor, span: tuple[int, int] | None, dim: int) -> Tensor:
+    """A view of what lies within a range of one dimension."""
+    return t if span is None else t.narrow(dim, span[0], span[1] - span[0])
+
+
+def part_of_input(x: Tensor, u: Update, dim: int) -> Tensor:
+    """What an update reads of x, whose inputs lie along `dim`, after its dropout."""
+    x = part(x, u.region.columns, dim)
+    return F.dropout(x, u.dropout) if u.dropout else x
+
+
+def add_into(
+    y: Tensor, z: Tensor, scale: float | Tensor, span: tuple[int, int] | None, dim: int
+) -> Tensor:
+    """y with scale·z added to a range of `dim` (negative): in place, unless tracing.
+
+    y is the result of a product, which no backward has saved.
+    """
+    if not tracing() and not isinstance(scale, Tensor):
+        part(y, span, dim).add_(z, alpha=scale)
+        return y
+    z = z * scale
+    if span is not None:
+        start, stop = span
+        z = F.pad(z, [0, 0] * (-dim - 1) + [start, y.shape[dim] - stop])
+    return y + z
+
+
+def dense_is_cheaper(weight: AdaptedWeight, rows: int, m: int, n: int) -> bool:
+    """Building W + ΔW costs less than `rows` passes through its factors.
+
+    Counted in multiplications, with m × n the matrix and r the ranks together: the factors take
+    rows·r·(m + n), the build m·n·r. Training pays each three times, and a built weight needs its
+    own gradient besides, rows·m·n, where W itself is frozen. Low precisions are never built here,
+    which would round W + ΔW, nor is a weight with dropout, whose input a built one does not see.
+    """
+    low = weight.base.dtype not in (torch.float32, torch.float64)
+    if low or any(u.dropout for u in weight.updates):
+        return False
+    r = sum(u.A.shape[-2] for u in weight.updates)
+    lazy, dense = rows * r * (m + n), m * n * r
+    if torch.is_grad_enabled() and weight.differentiable:
+        lazy, dense = 3 * lazy, 3 * dense
+        if not weight.base.requires_grad:
+            dense += rows * m * n
+    return lazy > dense
+
+
+def whole(updates: Sequence[Update]) -> bool:
+    """No update is limited to rows or columns."""
+    return all(u.region.is_whole or u.region.stacked for u in updates)

@@ -1,0 +1,85 @@
+"""torch.einsum of two operands, one of them an adapted matrix or a stack of them."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.rules.common import (
+    add_into,
+    autocast,
+    built,
+    dense_is_cheaper,
+    factors,
+    is_lazy,
+    stacked_updates,
+    whole,
+)
+
+__all__: list[str] = []
+
+_TWO = re.compile(r"(\.\.\.)?([a-zA-Z]+)(\.\.\.)?,(\.\.\.)?([a-zA-Z]+)(\.\.\.)?->.*")
+
+
+@implements(torch.einsum)
+def einsum(equation: Any, *operands: Any) -> Any:
+    """Contractions of x with one side of the weight: first with A or B, then with the other.
+
+    The weight's letters are taken from the equation: "bi,oi->bo" contracts i, so that x meets A
+    (r, i) first and what comes of it meets B (o, r).
+    """
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return NotImplemented
+    equation = equation.replace(" ", "")
+    if not _TWO.fullmatch(equation):
+        return NotImplemented
+    (first, second), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    x, weight = operands
+    if not is_lazy(weight):
+        (weight, x), (second, first) = operands, (first, second)
+    if not is_lazy(weight) or not whole(weight.updates):
+        return NotImplemented
+    return _contract(built(x), weight, first, second, out, equation, weight is operands[1])
+
+
+def _contract(
+    x: Tensor, weight: AdaptedWeight, ins: str, letters: str, out: str, equation: str, after: bool
+) -> Any:
+    if len(letters) != weight.dim() or len(set(letters)) != len(letters):
+        return NotImplemented
+    if weight.dim() != 2 and not stacked_updates(weight):
+        return NotImplemented
+    stack, p, q = letters[:-2], letters[-2], letters[-1]
+    into = [d for d in (p, q) if d in ins and d not in out]  # what x and the weight sum over
+    if len(into) != 1 or any(d in ins for d in (p, q) if d not in into):
+        return NotImplemented
+    names = ins.replace("...", "")
+    if len(set(names)) != len(names):
+        return NotImplemented
+    summed = into[0]
+    sizes = weight.shape[-1] if summed == q else weight.shape[-2]
+    shared = [e for e in stack if e in ins]
+    rows = x.numel() // max(sizes * (weight.shape[0] if shared else 1), 1)
+    if dense_is_cheaper(weight, rows, weight.shape[-2], weight.shape[-1]):
+        return NotImplemented
+    r = next(c for c in string.ascii_letters if c not in equation)
+    middle = ins.replace(summed, r) + "".join(e for e in stack if e not in ins)
+    other = p if summed == q else q
+    x, base = autocast(x, weight.base)
+    y = torch.einsum(equation, *((x, base) if after else (base, x)))
+    for u in weight.updates:
+        A, B = factors(u, y.dtype)
+        A_, B_ = (A, B) if summed == q else (B.mT, A.mT)  # (*, r, summed), (*, other, r)
+        part = F.dropout(x, u.dropout) if u.dropout else x
+        h = torch.einsum(f"{ins},{stack}{r}{summed}->{middle}", part, A_)  # x's, r for the summed
+        z = torch.einsum(f"{middle},{stack}{other}{r}->{out}", h, B_)  # the output's
+        y = add_into(y, z, u.scale, None, -1)
+    return y

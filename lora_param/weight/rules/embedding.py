@@ -1,0 +1,129 @@
+"""Rows gathered from an adapted table: those of W, plus those of B times A.
+
+Dropout has no place here, as there is no input: it is left out, which is what the warning says.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.rules.common import add_into, factors, is_lazy
+from lora_param.weight.update import Update
+
+__all__: list[str] = []
+
+_NO_DROPOUT = "dropout has no effect on an embedding: it acts on the input of A, and ids are none"
+
+
+def _is_dense(weight: AdaptedWeight, rows: int) -> bool:
+    """More rows are asked for than the table has. A low precision is not built, but rounded once
+    for each product."""
+    low = weight.base.dtype not in (torch.float32, torch.float64)
+    return rows > weight.shape[0] and not low
+
+
+def _exact(device: torch.device) -> Any:
+    """Without autocast, to which an embedding does not listen."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
+def _rows_of_B(ids: Tensor, u: Update, B: Tensor) -> Tensor:
+    """B[ids], zero for the ids outside of the update's rows. (*, r)"""
+    if u.region.rows is None:
+        return F.embedding(ids, B)
+    start, stop = u.region.rows
+    inside = (ids >= start) & (ids < stop)
+    return F.embedding((ids - start).clamp(0, stop - start - 1), B) * inside.unsqueeze(-1)
+
+
+def _warn(weight: AdaptedWeight) -> None:
+    if any(u.dropout for u in weight.updates):
+        warnings.warn(_NO_DROPOUT, stacklevel=4)
+
+
+@implements(F.embedding)
+def embedding(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,  # noqa: ARG001  torch's signature
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """W[ids] + scale·B[ids] A. ids (*) → (*, D), with W (V, D), B (V, r), A (r, D).
+
+    `max_norm` renormalises rows in place and the two other options shape the table's own gradient:
+    these build it.
+    """
+    if not is_lazy(weight) or weight.dim() != 2 or isinstance(input, AdaptedWeight):
+        return NotImplemented
+    if max_norm is not None or scale_grad_by_freq or sparse or _is_dense(weight, input.numel()):
+        return NotImplemented
+    _warn(weight)
+    y = F.embedding(input, weight.base, padding_idx)  # (*, D)
+    padding = None
+    if padding_idx is not None and torch.is_grad_enabled():
+        padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)  # (*, 1)
+    with _exact(y.device):
+        for u in weight.updates:
+            A, B = factors(u, y.dtype)
+            z = _rows_of_B(input, u, B) @ A  # (*, D)
+            if padding is not None:
+                z = torch.where(padding, z.detach(), z)  # its row is read, and learns nothing
+            y = add_into(y, z, u.scale, u.region.columns, -1)
+    return y
+
+
+@implements(F.embedding_bag)
+def embedding_bag(
+    input: Any,
+    weight: Any,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,  # noqa: ARG001  torch's signature
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """Sums or means of rows, which are linear in the table: bags of B, times A. (bags, D)
+
+    A maximum is not linear, and builds it.
+    """
+    if not is_lazy(weight) or weight.dim() != 2 or isinstance(input, AdaptedWeight):
+        return NotImplemented
+    if max_norm is not None or scale_grad_by_freq or sparse or mode not in ("sum", "mean"):
+        return NotImplemented
+    if _is_dense(weight, input.numel()) or any(u.region.rows for u in weight.updates):
+        return NotImplemented
+    _warn(weight)
+
+    def bags(table: Tensor) -> Tensor:
+        samples = None if per_sample_weights is None else per_sample_weights.to(table.dtype)
+        return F.embedding_bag(
+            input,
+            table,
+            offsets,
+            mode=mode,
+            per_sample_weights=samples,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+        )
+
+    y = bags(weight.base)  # (bags, D)
+    with _exact(y.device):
+        for u in weight.updates:
+            A, B = factors(u, y.dtype)
+            y = add_into(y, bags(B) @ A, u.scale, u.region.columns, -1)  # (bags, D)
+    return y

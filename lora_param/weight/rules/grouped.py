@@ -1,0 +1,60 @@
+"""Grouped products of a stack: rows of x, sorted by the matrix they go to.
+
+torch.compile asks for a rule only where `torch.overrides` lists the operation, and would take the
+weight for W elsewhere. This one is missing there, so that it is added to the list.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import get_overridable_functions
+
+from lora_param.weight.adapted import implements
+from lora_param.weight.rules.common import (
+    add_into,
+    built,
+    dense_is_cheaper,
+    factors,
+    is_lazy,
+    part_of_input,
+    stacked_updates,
+)
+
+__all__: list[str] = []
+
+_ALIGNMENT = 16  # bytes; what the kernel asks of every stride
+
+
+get_overridable_functions().setdefault(torch, []).append(torch._grouped_mm)
+
+
+@implements(F.grouped_mm, torch._grouped_mm)
+def grouped_mm(
+    mat_a: Any, mat_b: Any = None, *, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """x V with each row of x by its own matrix, and the same with B and then A.
+
+    x (S, k), V (E, k, n), B (E, k, r), A (E, r, n), offs (E,) → (S, n). The rank is filled up with
+    zeros to what the kernel can take.
+    """
+    if not is_lazy(mat_b) or not stacked_updates(mat_b) or not isinstance(offs, Tensor):
+        return NotImplemented
+    if bias is not None or mat_a.dim() != 2:
+        return NotImplemented
+    count, k, n = mat_b.shape
+    if dense_is_cheaper(mat_b, mat_a.shape[0] // max(count, 1), k, n):
+        return NotImplemented
+    x = built(mat_a)
+    y = F.grouped_mm(x, mat_b.base, offs=offs, out_dtype=out_dtype)  # (S, n)
+    for u in mat_b.updates:
+        A, B = factors(u, x.dtype)
+        fill = -A.shape[-2] % (_ALIGNMENT // x.element_size())
+        if fill:
+            A, B = F.pad(A, (0, 0, 0, fill)), F.pad(B, (0, fill))
+        h = F.grouped_mm(part_of_input(x, u, -1), B, offs=offs)  # (S, r)
+        y = add_into(y, F.grouped_mm(h, A, offs=offs), u.scale, None, -1)  # (S, n)
+    return y
