@@ -11,12 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_param.adapter import Adapter, check_fit
+from lora_param.adapter import Adapter
 from lora_param.checkpoint.create import create_adapter
+from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.writer import check_output
 from lora_param.errors import OptionError, OutputError
-from lora_param.formats import is_adapter, read_adapter, toggle_file, write_adapter
+from lora_param.formats import (
+    check_adapter_name,
+    is_adapter,
+    read_adapter,
+    toggle_file,
+    write_adapter,
+)
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.rows import Stats
 from lora_param.targets.plan import Plan, Tied, make_plan
@@ -113,6 +120,7 @@ def apply_checkpoint(
         TargetError, OptionError: as for `apply`.
         FileError: the checkpoint cannot be read, or the adapter not be written.
     """
+    check_adapter_name(Path(out))
     if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
         raise OutputError(out, "it is the checkpoint itself")
     check_output(out, force=force)
@@ -181,13 +189,7 @@ def stats(
         if adapter is None:
             return collect(checkpoint.weights, [], source=str(path))
         record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-        names = [n for t in record.targets.values() for n in (t.target.name, *t.also, *t.apart)]
-        check_fit(
-            record,
-            checkpoint.fingerprint(names),
-            str(path),
-            check_fingerprint=check_fingerprint,
-        )
+        check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
         return collect(
             checkpoint.weights,
             [record],

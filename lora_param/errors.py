@@ -19,6 +19,7 @@
     │   │   ├── AdapterExistsError    a second adapter of the same name
     │   │   ├── MismatchError         names or shapes that differ: both sides listed
     │   │   ├── FingerprintError      same names and shapes, another base
+    │   │   ├── UnchangedError        a bake that would change nothing
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
     │   └── FileError                 reading or writing
     │       ├── MissingFileError
@@ -58,6 +59,7 @@ __all__ = [
     "SliceError",
     "TargetError",
     "TiedWeightsError",
+    "UnchangedError",
     "UnknownFileError",
     "UnsafePickleError",
     "UnsuitableWeightError",
@@ -242,6 +244,12 @@ class MismatchError(AdapterError):
         super().__init__(" ".join(parts))
         self.missing, self.unexpected = tuple(missing), tuple(unexpected)
 
+    def beside(self, nearest: Sequence[str]) -> MismatchError:
+        """The same error, which also names what the base has instead."""
+        has = f"The base has, for instance, {listed(nearest)}." if nearest else ""
+        self.args = (f"{self.args[0]} {has or 'The base has no weight that LoRA could adapt.'}",)
+        return self
+
 
 class FingerprintError(AdapterError):
     """Same names and shapes, but another base than the adapter was made on."""
@@ -251,6 +259,23 @@ class FingerprintError(AdapterError):
             f"{adapter} was made on another base than {base}: the fingerprint differs for "
             f"{listed(differing)}. Give the base it was made on, or override the check with "
             f"check_fingerprint=False (--ignore-fingerprint)."
+        )
+
+
+class UnchangedError(AdapterError):
+    """A bake that would change nothing, although targets are enabled."""
+
+    def __init__(self, adapters: Iterable[str], targets: int, *, lost: bool) -> None:
+        what = f"{targets} enabled target{'s' * (targets != 1)} of {listed(adapters)}"
+        why = (
+            f"the updates of {what} are too small for the stored dtype; give a wider one "
+            "(--dtype float32)"
+            if lost
+            else f"the updates of {what} are still zero; train the adapter first"
+        )
+        super().__init__(
+            f"no element would change: {why}, or disable the adapter to write the base's weights. "
+            f"Nothing was written."
         )
 
 

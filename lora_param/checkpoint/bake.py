@@ -21,7 +21,7 @@ from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
 from lora_param.checkpoint.verify import verify_directory, verify_file
 from lora_param.checkpoint.writer import check_output, replace_directory, replace_file
-from lora_param.errors import FileError, OptionError, OutputError
+from lora_param.errors import FileError, OptionError, OutputError, UnchangedError
 
 if TYPE_CHECKING:
     import torch
@@ -134,6 +134,7 @@ def bake_adapters(
     force: bool = False,
     sync: bool = True,
     verify: bool = False,
+    require_change: bool = False,
     progress: Report | None = None,
 ) -> BakeReport:
     """Bake adapters into a checkpoint; `lora_param.bake_checkpoint` takes their paths as well.
@@ -151,9 +152,12 @@ def bake_adapters(
         force: replace an output that exists.
         sync: have the data on the disk before the name shows them.
         verify: read the result again and compare each tensor, before it takes its place.
+        require_change: refuse to write a result in which no element is changed although targets
+            are enabled: their updates are zero, or too small for the stored dtype.
         progress: called with bytes done, bytes in all, and the name of what was done.
 
     Raises:
+        UnchangedError: see `require_change`.
         AdapterError: an adapter does not fit, or holds values that are not finite.
         FileError: something cannot be read, or the output cannot or must not be written.
         OptionError: a setting outside its accepted values.
@@ -168,7 +172,13 @@ def bake_adapters(
             checkpoint, adapters, dtype=target_dtype, check_fingerprint=check_fingerprint
         )
         files, size = _write(
-            merging, place, force=force or in_place, sync=sync, verify=verify, progress=progress
+            merging,
+            place,
+            force=force or in_place,
+            sync=sync,
+            verify=verify,
+            require_change=require_change,
+            progress=progress,
         )
         rows = [merging.rows[id(p.adapter), p.key] for p in merging.targets]
         dead = [
@@ -264,6 +274,7 @@ def _write(
     force: bool,
     sync: bool,
     verify: bool,
+    require_change: bool,
     progress: Report | None,
 ) -> tuple[list[str], int]:
     """Write the result; its files' names and their size together."""
@@ -282,6 +293,8 @@ def _write(
     if isinstance(base, DirectoryCheckpoint):
         with replace_directory(place, force=force, sync=sync) as temporary:
             files = write_directory(merging, base, temporary, tick)
+            if require_change:
+                _check_change(merging)
             size = sum((temporary / name).stat().st_size for name in files)
             if verify:
                 verify_directory(merging, base, temporary, tick)
@@ -292,6 +305,8 @@ def _write(
                 write_state_dict(merging, base.state_dict, place, file, tick)
             else:
                 write_file(merging, base, file, tick)
+            if require_change:
+                _check_change(merging)
             file.flush()
             size = os.fstat(file.fileno()).st_size
             if verify:
@@ -299,6 +314,17 @@ def _write(
     if progress is not None:
         progress(total, total, place.name)  # a smaller dtype writes less than was announced
     return files, size
+
+
+def _check_change(merging: Merging) -> None:
+    """Enabled targets of a weight that is not 0, and yet nothing differs from the base."""
+    meant = [merging.rows[id(p.adapter), p.key] for p in merging.targets if p.weight]
+    if meant and not any(row.changed for row in merging.rows.values()):
+        raise UnchangedError(
+            dict.fromkeys(p.adapter.source for p in merging.targets),
+            len(meant),
+            lost=any(row.lost for row in meant),
+        )
 
 
 def _notes(checkpoint: Checkpoint, rows: Sequence[BakedTarget]) -> list[str]:

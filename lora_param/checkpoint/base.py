@@ -110,6 +110,8 @@ def packed_reason(name: str, names: Mapping[str, object]) -> str:
 
     >>> packed_reason("q.weight", {"q.weight": 0, "q.weight_scale": 0})
     'quantized: q.weight_scale is stored beside it'
+    >>> packed_reason("q.weight_scale", {"q.weight": 0, "q.weight_scale": 0})
+    'part of the quantized q.weight'
     """
     beside = [f"{name}{end}" for end in _BESIDE_NAME]
     stem, _, last = name.rpartition(".")
@@ -117,4 +119,19 @@ def packed_reason(name: str, names: Mapping[str, object]) -> str:
         beside += [f"{stem}{end}" for end in _BESIDE_MODULE]
         beside += [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
     found = next((n for n in beside if n in names), None)
-    return f"quantized: {found} is stored beside it" if found else ""
+    if found:
+        return f"quantized: {found} is stored beside it"
+    owner = _scaled_by(name, names)
+    return f"part of the quantized {owner}" if owner else ""
+
+
+def _scaled_by(name: str, names: Mapping[str, object]) -> str:
+    """The packed weight that the entry belongs to, as its scale or the like, or ""."""
+    for end in _BESIDE_NAME:
+        if name.endswith(end) and (owner := name.removesuffix(end)) in names:
+            return owner
+    for end in _BESIDE_MODULE:
+        for kind in ("weight", "qweight"):
+            if name.endswith(end) and (owner := f"{name.removesuffix(end)}.{kind}") in names:
+                return owner
+    return ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.open import open_checkpoint
+from lora_param.errors import OptionError
 from lora_param.targets.plan import Plan, PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import Settings
 
@@ -86,6 +87,10 @@ def create_adapter(
 
     >>> plan, adapter = create_adapter("model.safetensors", ["q_proj"])  # doctest: +SKIP
     """
+    if seed is not None and not 0 <= seed < 2**64:
+        raise OptionError("seed", seed, "a whole number from 0 to 2**64 - 1")
+    if not name or not name.isprintable():
+        raise OptionError("name", name, "printable text, at least one character")
     with open_checkpoint(base, key) as checkpoint:
         plan = plan_checkpoint(
             checkpoint,

@@ -17,10 +17,21 @@ from typing import Any, NoReturn
 
 from lora_param.errors import BrokenFileError, MissingFileError
 
-__all__ = ["DTYPES", "MAX_HEADER", "Entry", "Header", "encode_header", "read_header"]
+__all__ = [
+    "DTYPES",
+    "MAX_HEADER",
+    "TORCH_SAVE",
+    "Entry",
+    "Header",
+    "encode_header",
+    "read_header",
+]
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes that the format's readers take."""
+
+TORCH_SAVE = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+"""How a file of torch.save begins: a zip archive, before torch 1.6 a pickle of its magic number."""
 
 # Name → (bits, torch's name). The order is the reference's enumeration, by which it sorts.
 DTYPES: dict[str, tuple[int, str]] = {
@@ -114,8 +125,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
                 raise _RejectedError(
                     f"it has {size} bytes, and the length of a safetensors header alone takes 8"
                 )
-            (length,) = struct.unpack("<Q", file.read(8))
+            first = file.read(8)
+            (length,) = struct.unpack("<Q", first)
             if length > MAX_HEADER:
+                if first.startswith(TORCH_SAVE):
+                    raise _RejectedError("it is a file of torch.save; rename it to end in .pt")
                 raise _RejectedError(
                     f"its header would be {length:,} bytes long, and {MAX_HEADER:,} is the limit"
                 )

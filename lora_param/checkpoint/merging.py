@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_param.adapter import Adapter, AdapterTarget, check_fit
+from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.errors import NonFiniteError, OptionError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from lora_param.weight.update import Update
 
 __all__ = ["BakedTarget", "Merging", "plan_merging"]
 
@@ -68,6 +67,14 @@ class _Piece:
     def factors(self) -> dict[str, Tensor]:
         return {n: t.detach().cpu() for n, t in self.adapter.factors(self.key).items()}
 
+    def delta(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """ΔW over the target, as `merge` computes it."""
+        from lora_param.weight.update import Update, join_factors, update_delta
+
+        f, t = self.factors(), self.target
+        A, B = join_factors(f["lora_A"], f["lora_B"], f.get("initial_A"), f.get("initial_B"))
+        return update_delta(Update(A, B, t.scale * self.weight, t.target.region), shape, dtype)
+
 
 @dataclass
 class Merging:
@@ -98,8 +105,14 @@ class Merging:
         return self.pieces.get(a, []) == self.pieces.get(b, [])
 
     def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a tensor of this dtype is stored as."""
+        """What a dense tensor of this dtype is stored as."""
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+
+    def stored_as(self, W: Tensor) -> torch.dtype:
+        """What a tensor is stored as; a sparse one, which is no weight, as it is."""
+        import torch
+
+        return self.stored_dtype(W.dtype) if W.layout == torch.strided else W.dtype
 
     def stored(self, name: str, W: Tensor) -> Tensor:
         """What is to be stored for an entry: W + ΔW in fp32, rounded once; or W, cast if asked.
@@ -114,70 +127,54 @@ class Merging:
         Raises:
             NonFiniteError: a finite value becomes infinite or NaN in the stored dtype.
         """
-        from lora_param.weight.update import Update, compute_dtype, join_factors, merge
+        from lora_param.weight.update import add_deltas, compute_dtype
 
         pieces = self.pieces.get(name, [])
-        target_dtype = self.stored_dtype(W.dtype)
+        target_dtype = self.stored_as(W)
         if not pieces:
             cast = W.to(target_dtype)
             if cast.dtype != W.dtype and _overflows(W, cast):
                 raise NonFiniteError(f"{name}, stored as {target_dtype},")
             return cast
         wide = compute_dtype(W.dtype)
-        updates = []
-        factors = [p.factors() for p in pieces]
-        for piece, f in zip(pieces, factors, strict=True):
-            A, B = join_factors(f["lora_A"], f["lora_B"], f.get("initial_A"), f.get("initial_B"))
-            t = piece.target
-            updates.append(Update(A, B, t.scale * piece.weight, t.target.region))
-        full = W.to(wide)
-        if target_dtype == W.dtype:
-            merged = merge(W, updates)
-        else:  # merged in fp32 (fp64) first, so that W's own dtype does not round in between
-            merged = merge(full, updates).to(target_dtype)
-        kept = merged.to(wide)
+        deltas = [p.delta(tuple(W.shape), wide) for p in pieces]
+        regions = [p.target.target.region for p in pieces]
+        merged = add_deltas(W, zip(regions, deltas, strict=True)).to(target_dtype)
+        full, kept = W.to(wide), merged.to(wide)
         if _overflows(full, kept):
             raise NonFiniteError(f"{name} with its update, stored as {target_dtype},")
-        self._measure(pieces, factors, updates, full, kept, W.to(target_dtype).to(wide))
+        self._measure(pieces, deltas, full, kept, W.to(target_dtype).to(wide))
         return merged
 
     def _measure(
         self,
         pieces: Sequence[_Piece],
-        factors: Sequence[Mapping[str, Tensor]],
-        updates: Sequence[Update],
+        deltas: Sequence[Tensor],
         full: Tensor,
         kept: Tensor,
         unmerged: Tensor,
     ) -> None:
+        """One row for each target: what was stored against what was meant."""
         import torch
 
-        from lora_param.weight.update import update_matrix
-
-        shape = tuple(full.shape)
-        wanted, own_norms = torch.zeros((), dtype=full.dtype), []
-        for update in updates:
-            delta = update_matrix(update.A, update.B, update.scale, full.dtype)
-            own_norms.append(_norm(delta))
-            delta = delta.reshape(update.region.shape(shape))
-            if delta.shape == full.shape:
-                wanted = wanted + delta
-            else:
-                wanted = wanted.expand(shape).clone()
-                wanted[update.region.index] += delta
-        for piece, f, own in zip(pieces, factors, own_norms, strict=True):
+        if len(deltas) == 1 and deltas[0].shape == full.shape:
+            wanted = deltas[0]
+        else:
+            wanted = torch.zeros_like(full)
+            for piece, delta in zip(pieces, deltas, strict=True):
+                wanted[piece.target.target.region.index] += delta
+        for piece, delta in zip(pieces, deltas, strict=True):
             index = piece.target.target.region.index
-            difference = kept[index] - full[index]
-            want = _norm(wanted[index])
-            base = _norm(full[index])
+            want, base, own = _norm(wanted[index]), _norm(full[index]), _norm(delta)
+            lost = (kept[index] - full[index]).sub_(wanted[index])
             self.rows[id(piece.adapter), piece.key] = BakedTarget(
                 target=piece.key,
                 adapter=piece.adapter.name,
                 changed=int(torch.count_nonzero(kept[index] != unmerged[index])),
                 total=full[index].numel(),
-                rounding_loss=_norm(difference - wanted[index]) / want if want else 0.0,
+                rounding_loss=_norm(lost) / want if want else 0.0,
                 relative_norm=own / base if base else (math.inf if own else 0.0),
-                dead=_is_dead(f),
+                dead=_is_dead(piece.factors()),
             )
 
 
@@ -227,13 +224,7 @@ def plan_merging(
     for adapter, weight in adapters:
         if not math.isfinite(weight):
             raise OptionError(f"the weight of {adapter.source}", weight, "a finite number")
-        names = [n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart)]
-        check_fit(
-            adapter,
-            base.fingerprint(names),
-            str(base.path),
-            check_fingerprint=check_fingerprint,
-        )
+        check_checkpoint(adapter, base, check_fingerprint=check_fingerprint)
         for key, t in adapter.targets.items():
             if not t.enabled:
                 disabled.append(key)

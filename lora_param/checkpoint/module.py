@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_param.checkpoint.base import Checkpoint
-from lora_param.checkpoint.pickle import describe_tensors
+from lora_param.checkpoint.pickle import data_of, describe_tensors
 from lora_param.errors import UnknownFileError
 from lora_param.targets.weights import Weight, weights_of
 
@@ -49,8 +49,7 @@ class ModuleCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.weights:
             raise KeyError(name)
-        tensor: torch.Tensor = self.state_dict[name].detach().cpu()
-        return tensor
+        return data_of(self.state_dict[name], name, self.path)
 
 
 def _build(spec: str) -> torch.nn.Module:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.header import TORCH_SAVE
 from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
 
 __all__ = ["ACCEPTED", "open_checkpoint"]
@@ -36,6 +37,8 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
         return _without_key(ModuleCheckpoint(text), key)
     path = Path(path)
+    if not text:  # Path("") is the current directory
+        raise MissingFileError("the empty path ''", ACCEPTED)
     if not path.exists():
         raise MissingFileError(path, ACCEPTED)
     if path.is_dir() or path.name.endswith(".index.json"):
@@ -52,6 +55,8 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     if kind in _PICKLES or _looks_pickled(path):
         from lora_param.checkpoint.pickle import PickleCheckpoint
 
+        if _looks_safetensors(path):
+            raise BrokenFileError(path, "it is a safetensors file; rename it to .safetensors")
         return PickleCheckpoint(path, key)
     found = "empty" if path.stat().st_size == 0 else "a file of another kind"
     raise UnknownFileError(path, found, ACCEPTED)
@@ -76,4 +81,4 @@ def _looks_safetensors(path: Path) -> bool:
 
 
 def _looks_pickled(path: Path) -> bool:
-    return _start(path)[:4] in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+    return _start(path).startswith(TORCH_SAVE)

@@ -117,7 +117,7 @@ def _new_values(merging: Merging, part: Checkpoint, progress: Progress) -> dict[
     for name, weight in part.weights.items():
         W = part[name]
         progress(W.numel() * W.element_size(), name)
-        if _storage(W) not in touched and merging.stored_dtype(W.dtype) == W.dtype:
+        if _storage(W) not in touched and merging.stored_as(W) == W.dtype:
             continue
         alike = frozenset(n for n in (name, *weight.tied) if merging.same_updates(n, name))
         value = shared.get(alike)

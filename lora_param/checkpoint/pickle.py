@@ -25,7 +25,14 @@ from lora_param.targets.weights import Weight
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PickleCheckpoint", "describe_tensors", "find_state_dicts", "is_zip", "load_pickle"]
+__all__ = [
+    "PickleCheckpoint",
+    "data_of",
+    "describe_tensors",
+    "find_state_dicts",
+    "is_zip",
+    "load_pickle",
+]
 
 # In the order in which they are preferred where several hold a state dict.
 _PREFERRED = (
@@ -79,8 +86,18 @@ class PickleCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.weights:
             raise KeyError(name)
-        tensor: torch.Tensor = self.state_dict[name].detach()
-        return tensor
+        return data_of(self.state_dict[name], name, self.path)
+
+
+def data_of(tensor: torch.Tensor, name: str, path: object) -> torch.Tensor:
+    """The tensor on the CPU, without gradient.
+
+    Raises:
+        BrokenFileError: it is on the meta device, which holds no data.
+    """
+    if tensor.is_meta:
+        raise BrokenFileError(path, f"{name} is on the meta device, so that it has no data")
+    return tensor.detach().cpu()
 
 
 def is_zip(path: str | os.PathLike[str]) -> bool:
@@ -109,6 +126,8 @@ def load_pickle(path: Path) -> Any:
         with warnings.catch_warnings():
             # About pickle protocols other than torch's own, which it then reads or refuses.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            # About sparse and quantized tensors, which it makes by its own older means.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise MissingFileError(path, "a file written by torch.save") from None
@@ -126,7 +145,11 @@ def load_pickle(path: Path) -> Any:
         raise BrokenFileError(path, error.strerror or str(error)) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         reason = str(error).split("\n")[0].strip() or type(error).__name__
-        raise BrokenFileError(path, f"it is truncated or damaged ({reason[:160]})") from None
+        if isinstance(error, KeyError | IndexError):  # of the unpickler's own tables
+            reason = "it is no file of torch.save, or is damaged"
+        else:
+            reason = f"it is truncated or damaged ({reason[:160]})"
+        raise BrokenFileError(path, reason) from None
     except (AttributeError, TypeError, AssertionError, UnicodeError, MemoryError) as error:
         # What the unpickler makes of bytes that are no pickle depends on the bytes.
         raise BrokenFileError(path, f"it is damaged ({type(error).__name__})") from None

@@ -161,7 +161,7 @@ def tensor_bytes(content: torch.Tensor | bytes | memoryview) -> bytes | memoryvi
         return content
     import torch
 
-    flat = content.detach().cpu().contiguous().reshape(-1)
+    flat = content.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     if flat.numel() == 0:
         return b""
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

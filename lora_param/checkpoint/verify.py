@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.merging import Merging
@@ -12,6 +13,9 @@ from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint, tensor_bytes
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["verify_directory", "verify_file"]
 
@@ -46,10 +50,28 @@ def verify_file(
             raise OutputError(place, "read again, it holds other names than the input")
         for name in part:
             meant, found = merging.stored(name, part[name]), again[name]
-            same = meant.dtype == found.dtype and meant.shape == found.shape
-            if not same or tensor_bytes(meant) != tensor_bytes(found):
+            if not _same_bits(meant, found):
                 raise OutputError(place, f"read again, {name} is not what was written")
             tick(meant.numel() * meant.element_size(), name)
+
+
+def _same_bits(meant: Tensor, found: Tensor) -> bool:
+    if meant.dtype != found.dtype or meant.shape != found.shape or meant.layout != found.layout:
+        return False
+    import torch
+
+    if meant.layout == torch.sparse_coo:
+        a, b = meant.coalesce(), found.coalesce()
+        pairs = [(a.indices(), b.indices()), (a.values(), b.values())]
+        return all(_same_bits(x, y) for x, y in pairs)
+    if meant.layout != torch.strided:
+        return _same_bits(meant.to_sparse(), found.to_sparse())  # from a compressed layout
+    if meant.is_quantized:
+        same_steps = meant.qscheme() == found.qscheme() and torch.equal(
+            meant.dequantize(), found.dequantize()
+        )
+        return same_steps and _same_bits(meant.int_repr(), found.int_repr())
+    return tensor_bytes(meant) == tensor_bytes(found)
 
 
 def verify_directory(

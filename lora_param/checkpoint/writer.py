@@ -50,7 +50,9 @@ def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool =
             raise OutputError(path, "it exists; replace it with force=True (--force)")
     parent = real.parent
     if not parent.is_dir():
-        raise OutputError(path, f"the directory {parent} does not exist")
+        wrong = "is not a directory" if parent.exists() else "does not exist"
+        what = parent if parent.exists() else f"the directory {parent}"
+        raise OutputError(path, f"{what} {wrong}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(path, f"the directory {parent} is not writable")
     return real

@@ -264,6 +264,7 @@ def bake(
             force=force,
             sync=not no_sync,
             verify=verify,
+            require_change=True,
             progress=progress,
         )
     if json:
@@ -282,6 +283,8 @@ def _weighted(text: str) -> tuple[str, float]:
     try:
         return path, float(weight)
     except ValueError:
+        if not Path(path).exists():  # an adapter whose name has an equals sign in it
+            return text, 1.0
         raise OptionError(f"the weight of {path}", weight, "a number, as in ADAPTER=0.5") from None
 
 
@@ -291,8 +294,14 @@ def demo(
         Path, typer.Option("-o", "--output", metavar="DIR", help="Where to leave its files.")
     ] = Path("lora-param-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    json: Json = False,
 ) -> None:
     """Tell the whole story in half a minute, on an embedded net and real digits."""
     from lora_param.demo.story import run
 
-    run(folder, seed=seed)
+    if not json:
+        run(folder, seed=seed)
+        return
+    from rich.console import Console
+
+    show_json(run(folder, seed=seed, console=Console(quiet=True)).to_dict())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_param.errors import LoraParamError
+from lora_param.errors import InternalError, LoraParamError
 
 if TYPE_CHECKING:
     import typer
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["progress_bar", "run", "show", "show_json"]
 
 _SHOW_AFTER = 1.0  # seconds before a progress bar appears
+_TRACEBACK = "LORA_PARAM_TRACEBACK"  # set to anything, it shows where a bug of ours is
 
 
 class Progress(Protocol):
@@ -29,9 +30,12 @@ class Progress(Protocol):
 
 
 def run(app: typer.Typer) -> int:
-    """Run the command line; exit status 0, 1 for a mistake, 2 for wrong usage."""
+    """Run the command line; exit status 0, 1 for a mistake, 2 for wrong usage, 70 for our bug."""
+    import typer
+
+    usage_error = typer.BadParameter.__mro__[2]  # Click's root, wherever this Typer keeps it
     try:
-        app(prog_name="lora-param")
+        status = app(prog_name="lora-param", standalone_mode=False)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except LoraParamError as error:
@@ -45,7 +49,30 @@ def run(app: typer.Typer) -> int:
         where = f"{error.filename}: " if error.filename else ""
         _say(f"{where}{error.strerror or error}.")
         return 1
-    return 0
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted.")
+        return 130
+    except Exception as error:
+        if isinstance(error, usage_error):
+            return _wrong_usage(error)
+        if _TRACEBACK in os.environ:
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        _say(f"{InternalError(what)} {_TRACEBACK}=1 shows where.")
+        return 70
+    return status if isinstance(status, int) else 0
+
+
+def _wrong_usage(error: Any) -> int:
+    """What Click says of the arguments, as one sentence and where to read on."""
+    sentence = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # the help itself
+    else:
+        command = context.command_path if context is not None else "lora-param"
+        _say(f"{sentence.rstrip('.')}. See {command} --help.")
+    return 2
 
 
 def _say(sentence: str) -> None:
@@ -62,7 +89,10 @@ def show(*what: Any) -> None:
 
     console = Console(highlight=False)
     for item in what:
-        console.print(item, soft_wrap=isinstance(item, str))
+        if isinstance(item, str):  # names of files are no markup
+            console.print(item, soft_wrap=True, markup=False, emoji=False)
+        else:
+            console.print(item)
 
 
 def show_json(data: object) -> None:

@@ -16,7 +16,7 @@ from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.safetensors import StreamEntry, write_safetensors
 from lora_param.demo.folder import prepare_folder
 from lora_param.demo.page import Page, accuracy_table
-from lora_param.errors import InternalError
+from lora_param.errors import InternalError, OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,6 +98,7 @@ def run(
         What was done and measured.
 
     Raises:
+        OptionError: the seed is beyond 64 bits.
         OutputError: the folder holds something else, or cannot be written.
         InternalError: something that always holds did not, such as off being the base.
 
@@ -107,6 +108,8 @@ def run(
     """
     import torch
 
+    if not 0 <= seed < 2**64:
+        raise OptionError("seed", seed, "a whole number from 0 to 2**64 - 1")
     path = Path(folder)
     prepare_folder(path)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

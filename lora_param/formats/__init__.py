@@ -13,9 +13,17 @@ from lora_param.adapter import Adapter
 from lora_param.errors import MissingFileError, OptionError
 from lora_param.formats import native
 from lora_param.formats.base import Format
-from lora_param.formats.unknown import unknown_adapter
+from lora_param.formats.native import check_adapter_name
+from lora_param.formats.unknown import ACCEPTED, unknown_adapter
 
-__all__ = ["FORMATS", "is_adapter", "read_adapter", "toggle_file", "write_adapter"]
+__all__ = [
+    "FORMATS",
+    "check_adapter_name",
+    "is_adapter",
+    "read_adapter",
+    "toggle_file",
+    "write_adapter",
+]
 
 FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT,)}
 """Name → format, in the order in which they are tried."""
@@ -40,11 +48,11 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     path = Path(path)
     if not path.exists():
-        raise MissingFileError(path, "an adapter file, as lora_param.save or `apply -o` writes it")
+        raise MissingFileError(path, ACCEPTED)
     for known in FORMATS.values():
         if known.recognise(path):
             return known.read(path)
-    raise unknown_adapter(path, FORMATS)
+    raise unknown_adapter(path)
 
 
 def write_adapter(

@@ -31,6 +31,7 @@ def bake_checkpoint(
     force: bool = False,
     sync: bool = True,
     verify: bool = False,
+    require_change: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BakeReport:
     """Write W + ΔW where W stood: a checkpoint of the base's names, shapes, shards and other files.
@@ -47,9 +48,12 @@ def bake_checkpoint(
         force: replace an output that exists.
         sync: have the data on the disk before the name shows them.
         verify: read the result again and compare each tensor, before it takes its place.
+        require_change: refuse to write a result in which no element is changed although targets
+            are enabled: their updates are zero, or too small for the stored dtype.
         progress: called with bytes done, bytes in all, and the name of what was done.
 
     Raises:
+        UnchangedError: see `require_change`.
         AdapterError: an adapter does not fit, or holds values that are not finite.
         FileError: something cannot be read, or the output cannot or must not be written.
         OptionError: a setting outside its accepted values.
@@ -68,6 +72,7 @@ def bake_checkpoint(
         force=force,
         sync=sync,
         verify=verify,
+        require_change=require_change,
         progress=progress,
     )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,13 @@ from lora_param.checkpoint.writer import copy_range, replace_file
 from lora_param.errors import BrokenFileError, OutputError, UnknownFileError, UserError
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats.base import Format
-from lora_param.targets.regions import parse_target
+from lora_param.targets.regions import Target, parse_target, split_slice
 from lora_param.targets.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "VERSION", "toggle"]
+__all__ = ["FORMAT", "VERSION", "check_adapter_name", "toggle"]
 
 VERSION = "1"
 _MARK = "lora_param"
@@ -127,10 +128,10 @@ def _decode_target(key: str, value: Any, base: Mapping[str, BaseWeight]) -> Adap
     for n in ("also", "apart"):
         for other in fields[n]:
             _typed(other, str, f"{n} of {key}")
-    weight = next((n for n in base if key == n or key.startswith(f"{n}[")), None)
-    if weight is None:
+    weight = key if key in base else split_slice(key)[0]
+    if weight not in base:
         raise _BadConfigError(f"{key} has no base")
-    target = parse_target(key, base[weight].shape)
+    target = Target(key) if key in base else parse_target(key, base[weight].shape)
     if target.name not in base or str(target) != key:
         raise _BadConfigError(f"{key} is not how its target is written ({target})")
     decoded = AdapterTarget(
@@ -213,6 +214,7 @@ def _encode(adapter: Adapter) -> dict[str, str]:
 
 
 def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
+    check_adapter_name(path)
     entries: dict[str, StreamEntry] = {}
     for key in adapter.targets:
         for name, tensor in adapter.factors(key).items():
@@ -225,20 +227,29 @@ def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
         write_safetensors(file, entries, _encode(adapter))
 
 
+def check_adapter_name(path: Path) -> None:
+    """Refuse a name under which the file would not be found to be an adapter again.
+
+    Raises:
+        OutputError: it does not end in `.safetensors`.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise OutputError(path, "the name of an adapter file ends in .safetensors")
+
+
 def toggle(
     path: Path, enabled: bool, patterns: str | Iterable[str] | None, *, sync: bool = True
 ) -> list[str]:
     """See `lora_param.formats.toggle_file`."""
     from lora_param.targets.plan import match_targets
 
-    if patterns is not None and not isinstance(patterns, str):
-        patterns = list(patterns)
     adapter = _read(path)
     chosen = match_targets(adapter.weights(), patterns)
     if all(adapter.targets[key].enabled == enabled for key in chosen):
         return chosen
+    targets = adapter.targets | {k: replace(adapter.targets[k], enabled=enabled) for k in chosen}
     header = read_header(path)
-    metadata = header.metadata | _encode(adapter.switched(enabled, patterns))
+    metadata = header.metadata | _encode(replace(adapter, targets=targets))
     with path.open("rb") as source, replace_file(path, force=True, sync=sync) as file:
         file.write(encode_header(header.entries.items(), metadata, path))
         copy_range(source, file, header.start, header.size)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from lora_param.checkpoint.header import read_header
-from lora_param.errors import UnknownFileError, listed
+from lora_param.errors import UnknownFileError
 
-__all__ = ["unknown_adapter"]
+__all__ = ["ACCEPTED", "unknown_adapter"]
 
 _FAMILIES = (
     ((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A"), "a PEFT adapter"),
@@ -17,15 +16,18 @@ _FAMILIES = (
 )
 
 
-def unknown_adapter(path: Path, formats: Iterable[str]) -> UnknownFileError:
+ACCEPTED = "an adapter file (.safetensors), as lora-param apply or lora_param.save writes it"
+
+
+def unknown_adapter(path: Path) -> UnknownFileError:
     """The error that says what the path seems to hold instead."""
-    accepted = f"an adapter file of the format {listed(formats)}"
+    accepted = ACCEPTED
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             return UnknownFileError(path, "a PEFT adapter, which is not supported yet", accepted)
         return UnknownFileError(path, "a directory", accepted)
     if path.suffix != ".safetensors":
-        return UnknownFileError(path, "no .safetensors file", accepted)
+        return UnknownFileError(path, "not a .safetensors file", accepted)
     names = list(read_header(path).entries)
     what = next(
         (

@@ -41,10 +41,10 @@ def percent(value: float) -> str:
 def number(value: float, digits: int = 3) -> str:
     """A measured number, to so many significant digits.
 
-    >>> number(0.01234), number(12.0), number(3.2e-7), number(float("nan"))
-    ('0.0123', '12', '3.2e-07', 'nan')
+    >>> number(0.01234), number(12.0), number(3.2e-7), number(2e9), number(float("nan"))
+    ('0.0123', '12', '3.2e-07', '2e+09', 'nan')
     """
-    if not math.isfinite(value) or abs(value) < 10**digits:
+    if not 10**digits <= abs(value) < 1e6:
         return f"{value:.{digits}g}"
     return f"{value:,.0f}"
 

@@ -16,7 +16,7 @@ from rich.text import Text
 __all__ = ["Column", "Facts", "Row", "TreeTable", "printable"]
 
 _GAP = "  "
-_LEAST_ROOM = 12
+_LEAST_ROOM = 4
 _STYLES = {"disabled": "yellow", "still zero": "yellow", "not finite": "bold red"}
 _ASCII = str.maketrans(
     {"×": "x", "├": "|", "│": "|", "└": "`", "─": "-", "‖": "|", "Δ": "d", "–": "-", "·": "-"}

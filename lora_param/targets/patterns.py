@@ -15,7 +15,7 @@ r"""The target language: text → `Pattern`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -53,6 +53,7 @@ class Pattern:
         negated: it takes away (`!`).
         part: the slice it takes of each weight, or None for whole weights.
         settings: what it sets for the weights it matches.
+        names: of which a name has to end in one, in whole segments.
         expressions: compiled, one of which a name has to match in full.
         type_name: the class that a `type:` pattern names.
     """
@@ -62,7 +63,8 @@ class Pattern:
     negated: bool
     part: SliceText | None
     settings: Mapping[str, object]
-    expressions: tuple[re.Pattern[str], ...] = field(repr=False)
+    names: frozenset[str] = field(default=frozenset(), repr=False)
+    expressions: tuple[re.Pattern[str], ...] = field(default=(), repr=False)
     type_name: str = ""
 
     @property
@@ -78,6 +80,8 @@ class Pattern:
             return self.type_name in weight.classes and len(weight.shape) > 1
         name = weight.name
         short = name.removesuffix(".weight") if self.kind != "regex" else name
+        if self.kind == "name":
+            return any(end in self.names for n in {name, short} for end in _ends(n))
         return any(
             e.fullmatch(name) or (short != name and e.fullmatch(short)) for e in self.expressions
         )
@@ -108,6 +112,7 @@ def parse_pattern(text: str) -> Pattern:
         raise PatternError(text, "it is empty")
 
     kind: Kind
+    names: frozenset[str] = frozenset()
     expressions: tuple[re.Pattern[str], ...] = ()
     type_name = ""
     if body == "all-linear":
@@ -137,8 +142,25 @@ def parse_pattern(text: str) -> Pattern:
             )
         alternatives = _expand_braces(body, text)
         kind = "glob" if any("*" in a or "?" in a for a in alternatives) else "name"
-        expressions = tuple(_compile_name(a, text) for a in alternatives)
-    return Pattern(text, kind, negated, part, settings, expressions, type_name)
+        if not all(all(a.split(".")) for a in alternatives):
+            raise PatternError(text, "a segment between two dots is empty")
+        if kind == "name":
+            names = frozenset(alternatives)
+        else:
+            expressions = tuple(_compile_glob(a) for a in alternatives)
+    return Pattern(text, kind, negated, part, settings, names, expressions, type_name)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The name, and what is left of it without its first segment, its first two, and so on.
+
+    >>> list(_ends("a.b.c"))
+    ['a.b.c', 'b.c', 'c']
+    """
+    yield name
+    while (dot := name.find(".")) >= 0:
+        name = name[dot + 1 :]
+        yield name
 
 
 def _parse_settings(text: str, pattern: str) -> dict[str, object]:
@@ -182,12 +204,8 @@ def _expand_braces(body: str, pattern: str) -> list[str]:
     return done
 
 
-def _compile_name(body: str, pattern: str) -> re.Pattern[str]:
+def _compile_glob(body: str) -> re.Pattern[str]:
     segments = body.split(".")
-    if not all(segments):
-        raise PatternError(pattern, "a segment between two dots is empty")
-    if "*" not in body and "?" not in body:
-        return re.compile(rf"(?:.*\.)?{re.escape(body)}", re.DOTALL)
     if segments == ["**"]:
         return re.compile(".+", re.DOTALL)
     expression, glue = "", ""

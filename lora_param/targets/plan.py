@@ -231,7 +231,8 @@ def nearest_names(pattern: Pattern, weights: Mapping[str, Weight], limit: int = 
             continue
         parts = weight.name.removesuffix(".weight").split(".")
         ends.update((".".join(parts[i:]), None) for i in range(len(parts)))
-    return difflib.get_close_matches(body, list(ends), limit, 0.5)
+    nearest = difflib.get_close_matches(body, list(ends), limit, 0.5)
+    return nearest or [name for name, w in weights.items() if not w.unsuitable][:limit]
 
 
 def make_plan(
@@ -353,4 +354,5 @@ def match_targets(keys: Mapping[str, Weight], patterns: str | Iterable[str] | No
             weights = {w.name: w for w in keys.values()}
             raise NoMatchError(text, nearest_names(pattern, weights), len(keys))
         (away if pattern.negated else named).update(hit)
-    return [key for key in keys if key in (named or set(keys)) - away]
+    chosen = (named or set(keys)) - away
+    return [key for key in keys if key in chosen]

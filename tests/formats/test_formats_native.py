@@ -215,7 +215,7 @@ def test_what_is_no_adapter_is_said_to_be_what_it_is(tmp_path):
     with pytest.raises(UnknownFileError, match="PEFT adapter, which is not supported yet"):
         read_adapter(tmp_path / "peft")
     (tmp_path / "x.pt").write_bytes(b"x")
-    with pytest.raises(UnknownFileError, match=r"no \.safetensors"):
+    with pytest.raises(UnknownFileError, match=r"not a \.safetensors"):
         read_adapter(tmp_path / "x.pt")
     with pytest.raises(MissingFileError):
         read_adapter(tmp_path / "none.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,5 +39,6 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update]
     """
     if tracing():
         return composed_linear(x, W, bias, updates)
-    x, W, bias = autocast(x, W, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x, W, bias = autocast(x, W, bias)
     return factored_linear(x, W, bias, updates)
