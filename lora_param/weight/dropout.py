@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["draw_bits", "keep_probability", "masked_blocks"]
 
 _LEVELS = 1 << 16  # resolution of the probability
-_BLOCK = 1 << 17  # elements masked at a time on a CPU: they stay in its cache
+_BLOCK = 1 << 20  # elements masked at a time on a CPU: what is kept of them is a few megabytes
 
 
 def keep_probability(p: float) -> float:

@@ -167,7 +167,18 @@ def _down(x: Tensor, A: Tensor, bits: Tensor | None) -> Tensor:
     """x Aᵀ, or that of x with its dropped elements zero. (T, r)"""
     if bits is None:
         return x @ A.t()
-    return torch.cat([(x[rows] * mask) @ A.t() for rows, mask in masked_blocks(x, bits)])
+    if torch.is_grad_enabled():
+        return torch.cat([(x[rows] * mask) @ A.t() for rows, mask in masked_blocks(x, bits)])
+    h, masked = x.new_empty(x.shape[0], A.shape[0]), None
+    for rows, mask in masked_blocks(x, bits):
+        masked = _buffer(masked, mask, x)
+        torch.mm(torch.mul(x[rows], mask, out=masked), A.t(), out=h[rows])
+    return h
+
+
+def _buffer(last: Tensor | None, mask: Tensor, like: Tensor) -> Tensor:
+    """Room for one masked block: the last block's where the shape is the same."""
+    return last if last is not None and last.shape == mask.shape else like.new_empty(mask.shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -239,10 +250,17 @@ def _through_A(
         if dx is not None:
             dx.addmm_(gB, A, alpha=scale)
         return (gB.t() @ x).mul_(scale) if needs_A else None  # (r, n)
-    dA = torch.zeros_like(A) if needs_A else None
+    dA, block = torch.zeros_like(A) if needs_A else None, None
     for rows, mask in masked_blocks(x, bits):
+        if torch.is_grad_enabled():
+            masked, through = x[rows] * mask, (gB[rows] @ A) * mask
+            dA = None if dA is None else dA.addmm_(gB[rows].t(), masked, alpha=scale)
+            if dx is not None:
+                dx[rows].add_(through, alpha=scale)
+            continue
+        block = _buffer(block, mask, x)
         if dA is not None:
-            dA.addmm_(gB[rows].t(), x[rows] * mask, alpha=scale)
+            dA.addmm_(gB[rows].t(), torch.mul(x[rows], mask, out=block), alpha=scale)
         if dx is not None:
-            dx[rows].add_((gB[rows] @ A) * mask, alpha=scale)
+            dx[rows].add_(torch.mm(gB[rows], A, out=block).mul_(mask), alpha=scale)
     return dA
