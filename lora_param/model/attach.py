@@ -220,7 +220,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 def _computed(tensor: str) -> property:
     def get(self: nn.Module) -> Tensor:
-        return _read(self._modules["parametrizations"]._modules[tensor])  # type: ignore[union-attr, arg-type]
+        return kept(self._modules["parametrizations"]._modules[tensor], _read)  # type: ignore[union-attr, arg-type]
 
     def set_(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, tensor)
@@ -231,15 +231,15 @@ def _computed(tensor: str) -> property:
     return property(get, set_)
 
 
-def _read(chain: parametrize.ParametrizationList) -> Tensor:
+def _read(chain: nn.Module) -> Tensor:
     """What the chain gives, without the look-ups that torch's own forward costs."""
     W = chain._parameters.get("original")
     if W is None or chain._forward_hooks or chain._forward_pre_hooks:
         return cast(Tensor, chain())
     value: Tensor = W
     for item in chain._modules.values():
-        value = item(value)
-    return kept(chain, value)
+        value = cast(nn.Module, item)(value)
+    return value
 
 
 def _rebuild(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:

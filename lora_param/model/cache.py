@@ -8,13 +8,14 @@ the factors, the scales and the toggles are what they were when it was built.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_param.model.lora import LoRA
 from lora_param.weight.adapted import AdaptedWeight
 
 __all__ = ["cached", "kept"]
@@ -54,30 +55,49 @@ def cached(model: nn.Module) -> Iterator[None]:
         blocks.remove(found)
 
 
-def kept(chain: nn.Module, value: Tensor) -> Tensor:
-    """The built weight in place of `value`, if one may be kept here; else `value`."""
+def kept(chain: nn.Module, read: Callable[[nn.Module], Tensor]) -> Tensor:
+    """What `read` gives for a weight's parametrizations, or what was built of it before."""
     blocks: list[Kept] | None = _local.__dict__.get("blocks")
-    if not blocks or not isinstance(value, AdaptedWeight) or torch.compiler.is_compiling():
-        return value
-    if torch.is_grad_enabled() and value.differentiable:
-        return value
+    if not blocks or torch.compiler.is_compiling():
+        return read(chain)
     block = next((b for b in reversed(blocks) if chain in b), None)
-    if block is None or any(u.dropout for u in value.updates):
-        return value
-    state = _state(value)
+    state = None if block is None else _state(chain)
+    if block is None or state is None:
+        return read(chain)
     known = block[chain]
     if known is None or known[0] != state:
         with torch.no_grad():
-            known = block[chain] = state, value.build()
+            value = read(chain)
+            built = value.build() if isinstance(value, AdaptedWeight) else value
+        known = block[chain] = state, built
     return known[1]
 
 
-def _state(value: AdaptedWeight) -> tuple[Any, ...]:
-    """All that the built weight depends on. Equal states give equal weights."""
-    tensors = [value.base]
-    for u in value.updates:
-        tensors += (u.A, u.B)
-    written = [cast(Any, 0 if t.is_inference() else t._version) for t in tensors]
-    where = [t.data_ptr() for t in tensors]
-    updates = [(u.scale, u.region) for u in value.updates]
-    return (torch.is_inference_mode_enabled(), *written, *where, *updates)
+def _state(chain: nn.Module) -> tuple[Any, ...] | None:
+    """All that the built weight depends on, or None where it may not be kept.
+
+    Equal states give equal weights. It is asked for at every read: no look-up by name in it.
+    """
+    W = chain._parameters.get("original")
+    if W is None:
+        return None
+    grad = torch.is_grad_enabled()
+    if grad and W.requires_grad:
+        return None
+    state: list[Any] = [torch.is_inference_mode_enabled(), *_identity(W)]
+    for lora in chain._modules.values():
+        if not isinstance(lora, LoRA) or (lora.dropout and lora.training):
+            return None
+        state += (lora.enabled, lora.scale)
+        for t in (*lora._parameters.values(), *lora._buffers.values()):
+            if t is None or t.dim() == 0:  # the scale as a tensor
+                continue
+            if grad and t.requires_grad:
+                return None
+            state += _identity(t)
+    return tuple(state)
+
+
+def _identity(t: Tensor) -> tuple[int, int, int]:
+    """Which tensor it is, where its data are, and how often they have been written to."""
+    return id(t), t.data_ptr(), 0 if t.is_inference() else t._version
