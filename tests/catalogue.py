@@ -28,7 +28,6 @@ class Case:
     inputs: Callable[[], tuple[Any, ...]]
     rank: int = 2
     kwargs: dict[str, Any] = field(default_factory=dict)
-    exact: bool = True  # the lazy value may only differ by rounding
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
