@@ -6,13 +6,13 @@ and the fingerprint of the base it was made on. It never computes anything on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_param.errors import FingerprintError, MismatchError
 from lora_param.fingerprint import BaseWeight
-from lora_param.targets.plan import PlannedTarget, match_targets
+from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import Weight
@@ -92,19 +92,6 @@ class Adapter:
             for key, t in self.targets.items()
             for b in [self.base[t.target.name]]
         }
-
-    def switched(self, enabled: bool, patterns: str | Iterable[str] | None = None) -> Adapter:
-        """A copy with targets enabled or disabled; the tensors are shared.
-
-        Raises:
-            TargetError: a pattern matches none of the targets.
-        """
-        chosen = set(match_targets(self.weights(), patterns))
-        targets = {
-            key: replace(t, enabled=enabled) if key in chosen else t
-            for key, t in self.targets.items()
-        }
-        return replace(self, targets=targets)
 
     @property
     def trainable(self) -> int:

@@ -1,7 +1,9 @@
-"""The verbs that take a live model or a path: `plan`, `stats`, `enable`, `disable`, `save`, `load`.
+"""The verbs over more than one wing: `plan`, `stats`, `enable`, `disable` take a live model or a
+path, `save`, `load` and `apply_checkpoint` stand between an adapter and its file.
 
 What works on a live model alone is in `model/`, what works on files alone in `checkpoint/` and
-`formats/`. Nothing here imports torch: only a live model brings it, and then it is imported.
+`formats/`. Nothing here imports torch: only a live model brings it, and then it is imported. Half
+of the lines say what the arguments are: the functions are short, and their list is the contract.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@
     │       └── OutputError
     └── InternalError                 a bug of ours
 
-Errors take values and own their wording: what was found, what was expected, what to do.
+Errors take values and own their wording: what was found, what was expected, what to do. They
+are one file, however long, so that the tree and the wording are seen together.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ ORDER = [
     "targets.weights",
     "targets.settings",
     "targets.patterns",
+    "targets.matching",
     "targets.plan",
     "fingerprint",
     "weight",

@@ -2,6 +2,8 @@
 
 Everything is read and checked first, the output is built beside its place, and only then takes
 it: an error, a full disk or a killed process leaves what was there.
+
+The room is long for its checks of the output: they belong before the first byte, beside the write.
 """
 
 from __future__ import annotations

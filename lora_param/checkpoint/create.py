@@ -17,30 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["create_adapter", "plan_checkpoint"]
-
-
-def plan_checkpoint(
-    checkpoint: Checkpoint,
-    targets: str | Iterable[str] = "all-linear",
-    *,
-    exclude: str | Iterable[str] = (),
-    rank: int = 8,
-    alpha: float = 16.0,
-    scaling: str = "standard",
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    variant: str = "lora",
-    tied: Tied = "error",
-) -> Plan:
-    """What `create_adapter` would do; reads names and shapes alone.
-
-    Raises:
-        TargetError: see `make_plan`.
-        OptionError: a setting outside its accepted values.
-    """
-    settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
-    return make_plan(checkpoint.weights, targets, exclude=exclude, settings=settings, tied=tied)
+__all__ = ["create_adapter"]
 
 
 def create_adapter(
@@ -92,18 +69,8 @@ def create_adapter(
     if not name or not name.isprintable():
         raise OptionError("name", name, "printable text, at least one character")
     with open_checkpoint(base, key) as checkpoint:
-        plan = plan_checkpoint(
-            checkpoint,
-            targets,
-            exclude=exclude,
-            rank=rank,
-            alpha=alpha,
-            scaling=scaling,
-            dropout=dropout,
-            init=init,
-            variant=variant,
-            tied=tied,
-        )
+        settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
+        plan = make_plan(checkpoint.weights, targets, exclude=exclude, settings=settings, tied=tied)
         import torch
 
         generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -241,7 +241,7 @@ def toggle(
     path: Path, enabled: bool, patterns: str | Iterable[str] | None, *, sync: bool = True
 ) -> list[str]:
     """See `lora_param.formats.toggle_file`."""
-    from lora_param.targets.plan import match_targets
+    from lora_param.targets.matching import match_targets
 
     adapter = _read(path)
     chosen = match_targets(adapter.weights(), patterns)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_param.errors import NoAdapterError, WrappedModelError
 from lora_param.model.attach import Site, chain_of, sites_of
 from lora_param.model.lora import LoRA
-from lora_param.targets.plan import match_targets
+from lora_param.targets.matching import match_targets
 from lora_param.targets.weights import Weight, canonical_name
 
 __all__ = ["Patterns", "adapter_names", "base_tensor", "base_tensors", "by_weight", "chosen_loras"]

@@ -5,7 +5,6 @@ Applying a plan makes no choices of its own: whatever can be refused is refused 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,7 @@ from lora_param.errors import (
     TiedWeightsError,
     UnsuitableWeightError,
 )
+from lora_param.targets.matching import nearest_names
 from lora_param.targets.patterns import Pattern, parse_pattern
 from lora_param.targets.regions import WHOLE, Region, Target
 from lora_param.targets.settings import Settings
@@ -32,7 +32,6 @@ __all__ = [
     "Plan",
     "PlannedTarget",
     "make_plan",
-    "match_targets",
 ]
 
 Tied = Literal["error", "together", "apart"]
@@ -219,22 +218,6 @@ class _Selection:
         return NoMatchError(pattern.text, nearest_names(pattern, self.weights), len(self.weights))
 
 
-def nearest_names(pattern: Pattern, weights: Mapping[str, Weight], limit: int = 3) -> list[str]:
-    """Names, or ends of names, that the pattern's writer may have meant."""
-    if pattern.kind == "type":
-        classes = {c for w in weights.values() for c in w.classes}
-        return difflib.get_close_matches(pattern.type_name, sorted(classes), limit, 0.4)
-    body = pattern.text.removeprefix("!").removeprefix("re:")
-    ends: dict[str, None] = {}
-    for weight in weights.values():
-        if weight.unsuitable:
-            continue
-        parts = weight.name.removesuffix(".weight").split(".")
-        ends.update((".".join(parts[i:]), None) for i in range(len(parts)))
-    nearest = difflib.get_close_matches(body, list(ends), limit, 0.5)
-    return nearest or [name for name, w in weights.items() if not w.unsuitable][:limit]
-
-
 def make_plan(
     weights: Mapping[str, Sequence[int] | Weight],
     targets: str | Iterable[str],
@@ -322,37 +305,3 @@ def _join_tied(planned: Sequence[PlannedTarget], tied: Tied) -> list[PlannedTarg
         absorbed.update(Target(n, region) for n in also)
         joined.append(replace(t, also=also, apart=rest))
     return joined
-
-
-def match_targets(keys: Mapping[str, Weight], patterns: str | Iterable[str] | None) -> list[str]:
-    """The keys of existing targets that the patterns name; all of them for None.
-
-    Args:
-        keys: target keys (with their slices) and their weights.
-        patterns: as in `make_plan`, without settings. A pattern without a slice names every
-            target on its weight.
-
-    Raises:
-        TargetError: a pattern cannot be read or matches none of the targets.
-    """
-    if patterns is None:
-        return list(keys)
-    named: set[str] = set()
-    away: set[str] = set()
-    for text in [patterns] if isinstance(patterns, str) else patterns:
-        pattern = parse_pattern(text)
-        hit = {
-            key
-            for key, weight in keys.items()
-            if pattern.matches(weight)
-            and (
-                pattern.part is None
-                or key == f"{weight.name}{pattern.part.resolve(weight.name, weight.shape)}"
-            )
-        }
-        if not hit:
-            weights = {w.name: w for w in keys.values()}
-            raise NoMatchError(text, nearest_names(pattern, weights), len(keys))
-        (away if pattern.negated else named).update(hit)
-    chosen = (named or set(keys)) - away
-    return [key for key in keys if key in chosen]

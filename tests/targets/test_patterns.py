@@ -42,7 +42,7 @@ def names(pattern: str, name: str) -> bool:
             "encoder.layer.3.output.dense.weight",
         ),
         ("layer.?.q", "layer.1.q", "layer.11.q"),
-        ("**", "anything.at.all", "\n" * 0),
+        ("**", "anything.at.all", ""),
         ("layers.{0..11}.{q,v}_proj", "m.layers.11.v_proj.weight", "m.layers.12.v_proj.weight"),
         ("layers.{0..11}.{q,v}_proj", "layers.0.q_proj", "layers.0.k_proj"),
         ("l{1..3,7}", "l7.weight", "l4.weight"),

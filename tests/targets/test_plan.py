@@ -16,7 +16,8 @@ from lora_param.errors import (
     TiedWeightsError,
     UnsuitableWeightError,
 )
-from lora_param.targets.plan import make_plan, match_targets
+from lora_param.targets.matching import match_targets
+from lora_param.targets.plan import make_plan
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import Weight
 
