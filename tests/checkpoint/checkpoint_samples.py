@@ -38,3 +38,12 @@ def expected(W: torch.Tensor, adapter: Adapter, key: str, dtype: torch.dtype | N
     merged = W.to(wide).clone()
     merged[t.target.region.index] += delta.reshape(t.target.region.shape(tuple(W.shape)))
     return merged.to(dtype or W.dtype)
+
+
+def disabled(adapter: Adapter, *keys: str) -> Adapter:
+    """The adapter with the targets of these keys disabled; all of them without keys."""
+    targets = {
+        k: replace(t, enabled=t.enabled and bool(keys) and k not in keys)
+        for k, t in adapter.targets.items()
+    }
+    return replace(adapter, targets=targets)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_samples import expected, trained, weights
+from checkpoint_samples import disabled, expected, trained, weights
 from safetensors.torch import load_file, save_file
 from test_checkpoint_shards import shard
 
@@ -77,13 +77,13 @@ def test_report_measures_each_target(base, adapter, tmp_path):
 
 def test_disabled_targets_add_nothing(base, adapter, tmp_path):
     out = tmp_path / "o.safetensors"
-    off = adapter.switched(False)
+    off = disabled(adapter)
     report = bake_adapters(base, [(off, 1.0)], out)
     assert out.read_bytes() == base.read_bytes()
     assert report.rows == ()
     assert report.disabled == tuple(TARGETS)
     assert "No target is enabled" in report.notes[0]
-    half = adapter.switched(False, ["a.q"])
+    half = disabled(adapter, "a.q.weight")
     report = bake_adapters(base, [(half, 1.0)], out, force=True)
     check(load_file(out), adapter, TARGETS[1:])
     assert report.disabled == ("a.q.weight",)
@@ -345,7 +345,7 @@ def test_pickles_keep_nesting_ties_and_all_else(zipped, tmp_path):
     assert torch.equal(baked["optimizer"]["state"][0]["exp_avg"], torch.arange(24.0))
     assert list(state) == list(content["model"])
     assert open_checkpoint(path)["rnn.a"][0, 1] == 1  # the input is as it was
-    off = bake_adapters(path, [(a.switched(False), 1.0)], tmp_path / "off.pt")
+    off = bake_adapters(path, [(disabled(a), 1.0)], tmp_path / "off.pt")
     assert not off.rows
     assert (tmp_path / "off.pt").read_bytes() == path.read_bytes()
 
