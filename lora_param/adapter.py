@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 from lora_param.errors import FingerprintError, MismatchError
@@ -27,9 +28,10 @@ __all__ = [
     "check_fit",
 ]
 
-TENSORS = ("lora_A", "lora_B", "initial_A", "initial_B")
-"""What a target may hold. The `initial_` pair is what pissa and olora start from: it is
-subtracted, so that the base stays as it is: ΔW = scale·(B @ A - initial_B @ initial_A)."""
+TENSORS = ("lora_A", "lora_B", "magnitude", "initial_A", "initial_B")
+"""What a target may hold. `magnitude` is DoRA's length of each row. The `initial_` pair is what
+pissa and olora start from: it is subtracted, so that the base stays as it is:
+ΔW = scale·(B @ A - initial_B @ initial_A)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Adapter:
 
     Attributes:
         targets: settings, by target key (the weight's full name with its slice).
-        tensors: factors under `KEY.lora_A` (rank × in) and `KEY.lora_B` (out × rank).
+        tensors: factors under `KEY.lora_A` (rank × in) and `KEY.lora_B` (out × rank), and what
+            else `TENSORS` names.
         base: fingerprint of each targeted weight, by weight name.
         name: its name on a model.
         source: where it came from, for messages.
@@ -98,9 +101,8 @@ class Adapter:
         """Number of trainable elements, from the settings and shapes alone."""
         total = 0
         for t in self.targets.values():
-            *lead, rows, columns = t.target.region.matrix(self.base[t.target.name].shape)
-            stack = lead[0] if lead else 1
-            total += stack * t.settings.rank * (rows + columns)
+            matrix = t.target.region.matrix(self.base[t.target.name].shape)
+            total += sum(prod(shape) for shape in t.settings.shapes(matrix).values())
         return total
 
 

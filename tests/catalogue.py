@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -288,6 +288,14 @@ CASES = [
         lambda: (torch.randn(3, 7).double(),),
     ),
 ]
+_DECOMPOSED = """linear linear-4d-input linear-rows linear-columns linear-parts mlp embedding conv2d
+conv2d-rows conv2d-grouped conv-transpose mha mha-q-and-v encoder lstm bare-stack tied-together
+tied-apart experts packed-parts rslora double"""
+CASES += [
+    replace(case, name=f"{case.name}-dora", kwargs={**case.kwargs, "variant": "dora"})
+    for case in CASES
+    if case.name in _DECOMPOSED.split()
+]
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -300,16 +308,26 @@ def randomize(model: nn.Module, std: float = 0.3) -> nn.Module:
     return model
 
 
-def reference_weight(W: Tensor, slice_text: str, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + scale·(B @ A) on a slice, in the dtype of the factors, by plain torch."""
+def reference_weight(
+    W: Tensor, slice_text: str, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None
+) -> Tensor:
+    """W + scale·(B @ A) on a slice, in the dtype of the factors, by plain torch; with a magnitude
+    the rows of that are given these lengths."""
     merged = W.to(A.dtype).clone()
+
+    def decomposed(V: Tensor) -> Tensor:
+        if magnitude is None:
+            return V
+        rows = V.reshape(*magnitude.shape, -1)
+        return (magnitude[..., None] * rows / rows.norm(dim=-1, keepdim=True)).reshape(V.shape)
+
     if slice_text in ("", "[*]"):
-        return merged + scale * (B @ A).reshape(W.shape)
+        return decomposed(merged + scale * (B @ A).reshape(W.shape))
     rows, _, columns = slice_text.strip("[]").partition(",")
     index = tuple(
         slice(*(int(v) if v else None for v in part.split(":"))) for part in (rows, columns) if part
     )
-    merged[index] = merged[index] + scale * (B @ A).reshape(merged[index].shape)
+    merged[index] = decomposed(merged[index] + scale * (B @ A).reshape(merged[index].shape))
     return merged
 
 
@@ -330,7 +348,12 @@ def reference_weights(
         name, slice_text = re.fullmatch(r"(.*?)(\[[^\]]*\])?", key).groups(default="")
         W = weights.get(name, base[name])
         new = reference_weight(
-            W, slice_text, tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"], target.scale
+            W,
+            slice_text,
+            tensors[f"{key}.lora_A"],
+            tensors[f"{key}.lora_B"],
+            target.scale,
+            tensors.get(f"{key}.magnitude"),
         )
         for n in (name, *target.also):
             weights[n] = new

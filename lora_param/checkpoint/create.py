@@ -47,7 +47,7 @@ def create_adapter(
         scaling: standard (alpha/rank), rslora (alpha/√rank) or constant (alpha).
         dropout: probability with which an element of the input is dropped before A, in training.
         init: kaiming, he, normal:STD, orthogonal, pissa or olora.
-        variant: lora.
+        variant: lora or dora.
         tied: what to do about a tensor with several names of which only some are targeted.
         seed: of the factors: the same seed gives the same bytes. None takes torch's generator.
         key: dotted name of the nested state dict in a pickle.
@@ -105,6 +105,7 @@ def _fresh(
         scale=settings.scale,
         init=settings.init,
         W=matrix,
+        variant=settings.variant,
         dtype=dtype,
         generator=generator,
     )

@@ -67,13 +67,16 @@ class _Piece:
     def factors(self) -> dict[str, Tensor]:
         return {n: t.detach().cpu() for n, t in self.adapter.factors(self.key).items()}
 
-    def delta(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def delta(self, W: Tensor, dtype: torch.dtype) -> Tensor:
         """ΔW over the target, as `merge` computes it."""
         from lora_param.weight.update import Update, join_factors, update_delta
 
         f, t = self.factors(), self.target
         A, B = join_factors(f["lora_A"], f["lora_B"], f.get("initial_A"), f.get("initial_B"))
-        return update_delta(Update(A, B, t.scale * self.weight, t.target.region), shape, dtype)
+        magnitude, strength = f.get("magnitude"), t.strength * self.weight
+        scale = t.settings.scale if magnitude is not None else t.settings.scale * strength
+        u = Update(A, B, scale, t.target.region, magnitude=magnitude, strength=strength)
+        return update_delta(u, W, dtype)
 
 
 @dataclass
@@ -137,7 +140,7 @@ class Merging:
                 raise NonFiniteError(f"{name}, stored as {target_dtype},")
             return cast
         wide = compute_dtype(W.dtype)
-        deltas = [p.delta(tuple(W.shape), wide) for p in pieces]
+        deltas = [p.delta(W, wide) for p in pieces]
         regions = [p.target.target.region for p in pieces]
         merged = add_deltas(W, zip(regions, deltas, strict=True)).to(target_dtype)
         full, kept = W.to(wide), merged.to(wide)
@@ -174,7 +177,7 @@ class Merging:
                 total=full[index].numel(),
                 rounding_loss=_norm(lost) / want if want else 0.0,
                 relative_norm=own / base if base else (math.inf if own else 0.0),
-                dead=_is_dead(piece.factors()),
+                dead=not own and _is_dead(piece.factors()),
             )
 
 
@@ -217,7 +220,7 @@ def plan_merging(
     Raises:
         MismatchError, FingerprintError: an adapter does not fit.
         NonFiniteError: an enabled factor holds NaN or infinity.
-        OptionError: a weight that is not finite, a variant that cannot be baked.
+        OptionError: a weight that is not finite.
     """
     pieces: dict[str, list[_Piece]] = {}
     disabled: list[str] = []
@@ -229,8 +232,6 @@ def plan_merging(
             if not t.enabled:
                 disabled.append(key)
                 continue
-            if t.settings.variant != "lora":
-                raise OptionError(f"variant of {key}", t.settings.variant, "lora")
             piece = _Piece(adapter, key, weight)
             _check_finite(piece)
             for name in _entries_of(t, base):

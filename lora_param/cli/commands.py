@@ -86,7 +86,7 @@ def apply(
         str, typer.Option(help="kaiming, he, normal:STD, orthogonal, pissa or olora.")
     ] = "kaiming",
     dropout: Annotated[float, typer.Option(help="Dropout on the input of A in training.")] = 0.0,
-    variant: Annotated[str, typer.Option(help="lora.")] = "lora",
+    variant: Annotated[str, typer.Option(help="lora or dora.")] = "lora",
     tied: Annotated[
         str, typer.Option(help="One side of a tied pair: error, together or apart.")
     ] = "error",

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_param.adapter import TENSORS, Adapter, AdapterTarget
+from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.checkpoint.header import Header, encode_header, read_header
 from lora_param.checkpoint.safetensors import (
     NAMES,
@@ -170,18 +170,17 @@ def _check_tensors(adapter: Adapter, header: Header) -> None:
     """Every target has its factors, of the shapes and dtypes that fit, and nothing is left over."""
     left = dict(header.entries)
     for key, t in adapter.targets.items():
-        *lead, rows, columns = t.target.region.matrix(adapter.base[t.target.name].shape)
-        rank = t.settings.rank
-        shapes = {"A": (*lead, rank, columns), "B": (*lead, rows, rank)}
-        has_initial = f"{key}.initial_A" in left or f"{key}.initial_B" in left
-        for name in TENSORS if has_initial else TENSORS[:2]:
+        shapes = t.settings.shapes(t.target.region.matrix(adapter.base[t.target.name].shape))
+        if f"{key}.initial_A" in left or f"{key}.initial_B" in left:
+            shapes |= {"initial_A": shapes["lora_A"], "initial_B": shapes["lora_B"]}
+        for name, shape in shapes.items():
             entry = left.pop(f"{key}.{name}", None)
             if entry is None:
                 raise _BadConfigError(f"the tensor {key}.{name} is missing")
-            if entry.shape != shapes[name[-1]]:
+            if entry.shape != shape:
                 raise _BadConfigError(
-                    f"{key}.{name} is {entry.shape}, and rank {rank} on its base takes "
-                    f"{shapes[name[-1]]}"
+                    f"{key}.{name} is {entry.shape}, and rank {t.settings.rank} on its base takes "
+                    f"{shape}"
                 )
             if entry.dtype not in _FLOATS:
                 raise _BadConfigError(f"{key}.{name} is of dtype {entry.dtype}")

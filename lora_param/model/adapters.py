@@ -32,6 +32,7 @@ from lora_param.model.sites import (
 from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import canonical_name, weights_of
+from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.init import initial_factors
 from lora_param.weight.update import compute_dtype
 
@@ -74,7 +75,8 @@ def apply(
         scaling: "standard" (alpha/rank), "rslora" (alpha/√rank) or "constant" (alpha).
         dropout: probability of dropping an element of the input before A, while training.
         init: "kaiming", "he", "normal:STD", "orthogonal", "pissa" or "olora".
-        variant: "lora".
+        variant: "lora", or "dora": W' = m ∘ V / ‖V‖ with V = W + scale·(B @ A) and a learned
+            length m for each row of the weight as stored.
         adapter: its name, for models that carry several.
         freeze: set requires_grad to False on everything but the factors; `remove` and `bake` set
             it back.
@@ -166,11 +168,18 @@ def _fresh_factors(
         rank=planned.settings.rank,
         scale=planned.settings.scale,
         init=planned.settings.init,
-        W=lambda: getattr(owner, tensor).detach()[region.index].reshape(planned.matrix),
+        W=lambda: _base_of(owner, tensor)[region.index].reshape(planned.matrix),
+        variant=planned.settings.variant,
         dtype=compute_dtype(W.dtype),
         device=W.device,
         generator=generator,
     )
+
+
+def _base_of(owner: nn.Module, tensor: str) -> Tensor:
+    """What a LoRA attached now would be given as W."""
+    W = getattr(owner, tensor)
+    return (W.base if isinstance(W, AdaptedWeight) else W).detach()
 
 
 def _put_on(
@@ -236,7 +245,7 @@ def parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Paramete
 def param_groups(
     model: nn.Module, lr: float, ratio: float = 16.0, adapter: str | None = None
 ) -> list[dict[str, Any]]:
-    """Optimizer groups with a learning rate `ratio` times as high for B as for A.
+    """Optimizer groups with a learning rate `ratio` times as high for B as for the rest.
 
     LoRA+, Hayou et al. 2024, https://arxiv.org/abs/2402.12354, §4.
 
@@ -248,8 +257,9 @@ def param_groups(
     found = own_sites(sites(model, adapter))
     if not found:
         raise NoAdapterError(adapter, [])
+    slow = [p for s in found for p in (s.lora.lora_A, s.lora.magnitude) if p is not None]
     return [
-        {"params": [s.lora.lora_A for s in found], "lr": lr},
+        {"params": slow, "lr": lr},
         {"params": [s.lora.lora_B for s in found], "lr": lr * ratio},
     ]
 

@@ -88,7 +88,7 @@ def _state(chain: nn.Module) -> tuple[Any, ...] | None:
     for lora in chain._modules.values():
         if not isinstance(lora, LoRA) or (lora.dropout and lora.training):
             return None
-        state += (lora.enabled, lora.scale)
+        state += (lora.enabled, lora.scale, lora.strength)
         for t in (*lora._parameters.values(), *lora._buffers.values()):
             if t is None or t.dim() == 0:  # the scale as a tensor
                 continue

@@ -12,13 +12,44 @@ import lora_param.weight.rules  # noqa: F401  registers what operations do with 
 from lora_param.adapter import TENSORS, AdapterTarget
 from lora_param.targets.regions import Region
 from lora_param.targets.settings import Settings
-from lora_param.weight.adapted import adapt
-from lora_param.weight.update import Update, join_factors
+from lora_param.weight.adapted import AdaptedWeight, adapt
+from lora_param.weight.dora import row_squares
+from lora_param.weight.update import Update, compute_dtype, join_factors
 
 __all__ = ["LoRA"]
 
 
-_SCALE = "scale_tensor"
+_SCALE, _STRENGTH = "scale_tensor", "strength_tensor"
+
+
+class _KnownSquares:
+    """‖row‖² of a frozen base, which DoRA asks for at each read: computed when W has changed.
+
+    Told by W's storage and version counter: writes through `.data` go unseen, as everywhere in
+    torch. Neither copied nor pickled.
+    """
+
+    def __init__(self) -> None:
+        self.of: Tensor | None = None
+        self.version = -1
+        self.squares: Tensor | None = None
+
+    def of_region(self, W: Tensor, region: Region) -> Tensor | None:
+        """`row_squares` of a region of W, or None where W trains, moves or is not a parameter."""
+        if not isinstance(W, nn.Parameter) or (W.requires_grad and torch.is_grad_enabled()):
+            return None
+        if W.is_inference():
+            return None
+        known = self.of
+        if known is None or known.data_ptr() != W.data_ptr() or self.version != W._version:
+            with torch.no_grad():
+                part = W[region.index].to(compute_dtype(W.dtype))
+                self.squares = row_squares(part.reshape(region.matrix(tuple(W.shape))))
+            self.of, self.version = W.detach(), W._version
+        return self.squares
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _KnownSquares, ()
 
 
 class LoRA(nn.Module):
@@ -30,12 +61,14 @@ class LoRA(nn.Module):
     Attributes:
         lora_A: factor of shape (rank, in), or (E, rank, in) for a stack.
         lora_B: factor of shape (out, rank), or (E, out, rank) for a stack.
+        magnitude: DoRA's length of each row, (out,) or (E, out); None for plain LoRA.
         settings: rank, alpha, scaling, dropout, initialisation and variant.
         region: the part of the weight that is adapted.
         adapter: name of the adapter it belongs to.
         enabled: the update takes part in the weight.
-        strength: multiplies the scale; 1.0 as trained.
-        scale: what multiplies B @ A; set through `configure`.
+        strength: multiplies ΔW; 1.0 as trained.
+        scale: what multiplies B @ A; set through `configure`. Strength is part of it, but not for
+            DoRA, whose norm it would change.
 
     Example:
         >>> import lora_param as lp
@@ -46,6 +79,7 @@ class LoRA(nn.Module):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    magnitude: nn.Parameter | None
     initial_A: Tensor | None
     initial_B: Tensor | None
     adapter: str
@@ -62,6 +96,11 @@ class LoRA(nn.Module):
         self.__dict__.update(adapter=adapter, region=target.target.region, enabled=target.enabled)
         self.lora_A = nn.Parameter(factors["lora_A"])
         self.lora_B = nn.Parameter(factors["lora_B"])
+        if "magnitude" in factors:
+            self.magnitude = nn.Parameter(factors["magnitude"])
+            self.__dict__["_squares"] = _KnownSquares()
+        else:
+            self._parameters["magnitude"] = None
         self.register_buffer("initial_A", factors.get("initial_A"))
         self.register_buffer("initial_B", factors.get("initial_B"))
         self.configure(target.settings, target.strength)
@@ -70,29 +109,37 @@ class LoRA(nn.Module):
         """Set settings and strength, and with them the scale.
 
         The scale is kept twice: as a number, which costs nothing in eager mode, and as a tensor,
-        which compiled code reads anew at each call instead of being compiled for its value.
+        which compiled code reads anew at each call instead of being compiled for its value. So is
+        DoRA's strength.
         """
-        scale = settings.scale * strength
+        decomposed = self._parameters["magnitude"] is not None
+        scale = settings.scale if decomposed else settings.scale * strength
         self.__dict__.update(
             settings=settings, strength=strength, scale=scale, dropout=settings.dropout
         )
-        known = self._buffers.get(_SCALE)
+        self._set_number(_SCALE, scale)
+        if decomposed:
+            self._set_number(_STRENGTH, strength)
+
+    def _set_number(self, name: str, value: float) -> None:
+        known = self._buffers.get(name)
         if known is None or known.is_meta:
             wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
-            fresh = torch.full((), self.scale, dtype=wide, device=self.lora_A.device)
-            self.register_buffer(_SCALE, fresh, persistent=False)
+            fresh = torch.full((), value, dtype=wide, device=self.lora_A.device)
+            self.register_buffer(name, fresh, persistent=False)
         else:
-            known.fill_(self.scale)
+            known.fill_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts, as for any module; the scale is not rounded with the factors."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         del self._buffers[_SCALE]
+        self._buffers.pop(_STRENGTH, None)
         self.configure(self.settings, self.strength)
         return self
 
-    def update(self) -> Update:
-        """ΔW as factors, scale and region."""
+    def update(self, W: Tensor | None = None) -> Update:
+        """ΔW as factors, scale and region; with W, also what DoRA knows of it."""
         own, fixed = self._parameters, self._buffers  # each weight access passes here: no getattr
         A, B = join_factors(
             cast(Tensor, own["lora_A"]),
@@ -101,12 +148,21 @@ class LoRA(nn.Module):
             fixed["initial_B"],
         )
         dropout = self.dropout if self.training else 0.0
-        scale = fixed[_SCALE] if torch.compiler.is_compiling() else self.scale
-        return Update(A, B, cast(float, scale), self.region, dropout)
+        compiling = torch.compiler.is_compiling()
+        scale = fixed[_SCALE] if compiling else self.scale
+        u = Update(A, B, cast(float, scale), self.region, dropout)
+        magnitude = own["magnitude"]
+        if magnitude is not None:
+            u.magnitude = magnitude
+            u.strength = cast(float, fixed[_STRENGTH]) if compiling else self.strength
+            if W is not None and not compiling:
+                base = W.base if isinstance(W, AdaptedWeight) else W
+                u.squares = self.__dict__["_squares"].of_region(base, self.region)
+        return u
 
     def forward(self, W: Tensor) -> Tensor:
         """W itself while disabled, otherwise the adapted weight: W's shape and dtype."""
-        return adapt(W, self.update()) if self.enabled else W
+        return adapt(W, self.update(W)) if self.enabled else W
 
     def factors(self) -> dict[str, Tensor]:
         """The tensors that an adapter file holds for this target, detached."""
@@ -119,7 +175,7 @@ class LoRA(nn.Module):
         for name, tensor in factors.items():
             mine = getattr(self, name)
             if mine is None:
-                self.register_buffer(name, tensor.to(self.lora_A))
+                self.register_buffer(name, tensor.to(self.lora_A))  # of the initial pair
             else:
                 mine.copy_(tensor)
         for name in ("initial_A", "initial_B"):
@@ -129,7 +185,8 @@ class LoRA(nn.Module):
     def extra_repr(self) -> str:
         """Shown in the model's printout."""
         state = "" if self.enabled else ", disabled"
+        variant = "" if self.magnitude is None else ", dora"
         return (
             f"adapter={self.adapter!r}{self.region}, rank={self.settings.rank}, "
-            f"scale={self.scale:g}{state}"
+            f"scale={self.scale:g}{variant}{state}"
         )

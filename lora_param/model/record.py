@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_param.adapter import Adapter, AdapterTarget, check_fit
 from lora_param.errors import MismatchError
 from lora_param.fingerprint import BaseWeight, tensor_base_weight
+from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensors, own_sites, sites, unwrapped
 from lora_param.targets.regions import Target
 from lora_param.targets.weights import weights_of
@@ -73,12 +74,12 @@ def load_into(
     unexpected = [k for k in adapter.targets if k not in mine]
     both = [k for k in adapter.targets if k in mine]
     factors = {k: adapter.factors(k) for k in both}
-    shapes = [
-        f"{k}.{n} is {tuple(t.shape)} in the file, {tuple(getattr(mine[k].lora, n).shape)} here"
-        for k in both
-        for n, t in factors[k].items()
-        if n.startswith("lora_") and t.shape != getattr(mine[k].lora, n).shape
-    ]
+    shapes: list[str] = []
+    fitting = 0
+    for k in both:
+        problems = _differences(k, adapter.targets[k], factors[k], mine[k].lora)
+        shapes += problems
+        fitting += not problems
     if shapes or (strict and (missing or unexpected)) or not both:
         raise MismatchError(
             adapter.source,
@@ -86,7 +87,7 @@ def load_into(
             missing=missing,
             unexpected=unexpected,
             shapes=shapes,
-            matched=len(both) - len({s.partition(".lora_")[0] for s in shapes}),
+            matched=fitting,
             wanted=len(mine),
         )
     known = replace(adapter, targets={k: adapter.targets[k] for k in both})
@@ -102,3 +103,17 @@ def load_into(
         lora.configure(target.settings, target.strength)
         lora.enabled = target.enabled
         lora.copy_factors(factors[key])
+
+
+def _differences(
+    key: str, target: AdapterTarget, factors: dict[str, Tensor], lora: LoRA
+) -> list[str]:
+    """Why a target of a record cannot be written over one on the model."""
+    theirs, own = target.settings.variant, lora.settings.variant
+    if theirs != own:
+        return [f"{key} is of variant {theirs} in the file, {own} here"]
+    return [
+        f"{key}.{n} is {tuple(t.shape)} in the file, {tuple(getattr(lora, n).shape)} here"
+        for n, t in factors.items()
+        if not n.startswith("initial_") and t.shape != getattr(lora, n).shape
+    ]

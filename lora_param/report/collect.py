@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_param.adapter import Adapter
-from lora_param.report.norms import measure
+from lora_param.adapter import TENSORS, Adapter
+from lora_param.report.norms import decomposed_norm, measure, scaled_product
 from lora_param.report.rows import Stats, TargetRow, WeightRow
 from lora_param.targets.weights import Weight, count_base
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "as_array", "collect"]
 
+_ROUNDING = 1e-5  # of ‖W‖: what rounding alone makes of a magnitude that was never trained
 Array = NDArray[np.floating[Any]]
 Progress = Callable[[int, int, str], None]
 
@@ -91,12 +92,27 @@ def _row(
     if base_array is not None:
         values = base_array(name)[region.index].astype(np.float64)
         weight_norm = float(np.sqrt((values**2).sum()))
+        if measured and "magnitude" in factors:
+            norm = decomposed_norm(
+                values.reshape(region.matrix(base.shape)),
+                scaled_product(
+                    down,
+                    up,
+                    target.settings.scale,
+                    factors.get("initial_A"),
+                    factors.get("initial_B"),
+                ),
+                factors["magnitude"],
+                target.strength,
+            )
     if "initial_A" in factors:
         dead = np.array_equal(down, factors["initial_A"]) and np.array_equal(
             up, factors["initial_B"]
         )
     else:
         dead = not up.any()
+    if "magnitude" in factors and base_array is not None:
+        dead = dead and norm is not None and norm <= _ROUNDING * (weight_norm or 0)
     return TargetRow(
         key,
         base.shape,
@@ -106,7 +122,7 @@ def _row(
         target.settings.alpha,
         target.scale,
         target.enabled,
-        sum(factors[n].size for n in ("lora_A", "lora_B")),
+        sum(t.size for n, t in factors.items() if not n.startswith("initial_")),
         dead,
         norm,
         weight_norm,
@@ -119,5 +135,4 @@ def _factors(adapter: Adapter, key: str) -> dict[str, Array]:
     read = getattr(adapter.tensors, "array", None)  # a file gives arrays without torch
     if read is None:
         return {name: as_array(t) for name, t in adapter.factors(key).items()}
-    names = ("lora_A", "lora_B", "initial_A", "initial_B")
-    return {n: read(f"{key}.{n}") for n in names if f"{key}.{n}" in adapter.tensors}
+    return {n: read(f"{key}.{n}") for n in TENSORS if f"{key}.{n}" in adapter.tensors}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["effective_rank", "measure", "singular_values", "update_norm"]
+__all__ = ["decomposed_norm", "effective_rank", "measure", "scaled_product", "singular_values"]
+__all__ += ["update_norm"]
 
 Floats = NDArray[np.float64]
 
@@ -36,10 +37,7 @@ def singular_values(
         >>> singular_values([[3.0, 4.0]], [[1.0], [0.0]], 2.0)
         array([10.])
     """
-    down, up = np.asarray(A, np.float64), np.asarray(B, np.float64)
-    if initial_A is not None and initial_B is not None:
-        down = np.concatenate([down, np.asarray(initial_A, np.float64)], -2)
-        up = np.concatenate([up, -np.asarray(initial_B, np.float64)], -1)
+    down, up = _joined(A, B, initial_A, initial_B)
     if not (np.isfinite(down).all() and np.isfinite(up).all() and np.isfinite(scale)):
         k = min(up.shape[-2], up.shape[-1], down.shape[-1])
         return np.full((*up.shape[:-2], k), np.nan)
@@ -47,6 +45,42 @@ def singular_values(
     R_A = np.linalg.qr(np.swapaxes(down, -1, -2), mode="r")  # (*, min(in, r), r)
     small = R_B @ np.swapaxes(R_A, -1, -2)
     return np.linalg.svd(small, compute_uv=False) * abs(scale)
+
+
+def _joined(
+    A: ArrayLike, B: ArrayLike, initial_A: ArrayLike | None, initial_B: ArrayLike | None
+) -> tuple[Floats, Floats]:
+    """Factors of B @ A - initial_B @ initial_A, as one pair of twice the rank."""
+    down, up = np.asarray(A, np.float64), np.asarray(B, np.float64)
+    if initial_A is not None and initial_B is not None:
+        down = np.concatenate([down, np.asarray(initial_A, np.float64)], -2)
+        up = np.concatenate([up, -np.asarray(initial_B, np.float64)], -1)
+    return down, up
+
+
+def scaled_product(
+    A: ArrayLike,
+    B: ArrayLike,
+    scale: float,
+    initial_A: ArrayLike | None = None,
+    initial_B: ArrayLike | None = None,
+) -> Floats:
+    """scale·(B @ A - initial_B @ initial_A) as a matrix. (*, out, in)"""
+    down, up = _joined(A, B, initial_A, initial_B)
+    return (up @ down) * scale
+
+
+def decomposed_norm(W: Floats, delta: Floats, magnitude: ArrayLike, strength: float) -> float:
+    """Frobenius norm of what DoRA adds to W: strength·(m ∘ V / ‖V‖ - W) with V = W + delta.
+
+    >>> decomposed_norm(np.array([[3.0, 4.0]]), np.zeros((1, 2)), [10.0], 1.0)
+    5.0
+    """
+    V = W + delta
+    norms = np.linalg.norm(V, axis=-1)
+    length = np.asarray(magnitude, np.float64)
+    ratio = np.divide(length, norms, out=np.zeros_like(norms), where=norms > 0)
+    return float(np.linalg.norm((V * ratio[..., None] - W) * strength))
 
 
 def update_norm(

@@ -65,16 +65,9 @@ class PlannedTarget:
         return self.target.region.matrix(self.weight.shape)
 
     @property
-    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of `lora_A` (rank × in) and `lora_B` (out × rank)."""
-        *lead, rows, columns = self.matrix
-        rank = self.settings.rank
-        return {"lora_A": (*lead, rank, columns), "lora_B": (*lead, rows, rank)}
-
-    @property
     def trainable(self) -> int:
         """Number of elements of the factors."""
-        return sum(math.prod(shape) for shape in self.factor_shapes.values())
+        return sum(math.prod(shape) for shape in self.settings.shapes(self.matrix).values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ __all__ = ["INITS", "SCALINGS", "VARIANTS", "Settings", "parse_init", "scale_of"
 
 INITS = ("kaiming", "he", "normal", "orthogonal", "pissa", "olora")
 SCALINGS = ("standard", "rslora", "constant")
-VARIANTS = ("lora",)
+VARIANTS = ("lora", "dora")
 
 
 def scale_of(alpha: float, rank: int, scaling: str) -> float:
@@ -85,3 +85,13 @@ class Settings:
     def scale(self) -> float:
         """What multiplies B @ A."""
         return scale_of(self.alpha, self.rank, self.scaling)
+
+    def shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of what trains on a target of shape (out, in), or (E, out, in) for a stack.
+
+        >>> Settings(rank=2, variant="dora").shapes((4, 6))
+        {'lora_A': (2, 6), 'lora_B': (4, 2), 'magnitude': (4,)}
+        """
+        *stack, rows, columns = matrix
+        shapes = {"lora_A": (*stack, self.rank, columns), "lora_B": (*stack, rows, self.rank)}
+        return shapes | ({"magnitude": (*stack, rows)} if self.variant == "dora" else {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class AdaptedWeight(Tensor):
     def differentiable(self) -> bool:
         """Gradients flow into W or into some factor."""
         return self.base.requires_grad or any(
-            u.A.requires_grad or u.B.requires_grad for u in self.updates
+            t.requires_grad for u in self.updates for t in u.tensors
         )
 
     @classmethod
@@ -144,7 +145,7 @@ class _EagerAdaptedWeight(AdaptedWeight):
             warnings.warn(_NO_DROPOUT, stacklevel=4)
         versions = tuple(
             0 if t.is_inference() else t._version
-            for t in (self.base, *(f for u in self.updates for f in (u.A, u.B)))
+            for t in (self.base, *(t for u in self.updates for t in u.tensors))
         )
         grad = torch.is_grad_enabled()
         known = self._built.get(grad)
@@ -166,7 +167,12 @@ class _EagerAdaptedWeight(AdaptedWeight):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedWeight:
         updates = [
-            Update(deepcopy(u.A, memo), deepcopy(u.B, memo), u.scale, u.region, u.dropout)
+            replace(
+                u,
+                A=deepcopy(u.A, memo),
+                B=deepcopy(u.B, memo),
+                magnitude=deepcopy(u.magnitude, memo),
+            )
             for u in self.updates
         ]
         copy = memo[id(self)] = _EagerAdaptedWeight(deepcopy(self.base, memo), updates)

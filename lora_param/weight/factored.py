@@ -1,4 +1,4 @@
-"""x (W + ΔW)ᵀ from W and the factors, with a backward of its own.
+"""x (α ∘ W + ΔW)ᵀ from W and the factors, with a backward of its own.
 
 What autograd would do with x Wᵀ + scale·(x Aᵀ) Bᵀ is right but wasteful: it adds whole activations
 together and keeps what dropout made. Here every product accumulates in place, no m × n matrix is
@@ -28,6 +28,7 @@ __all__ = ["composed_linear", "factored_linear"]
 
 _SCRATCH = 64 << 20  # bytes; the most that a thread keeps for building
 _SMALL = 1 << 17  # elements of x, up to which autograd's own operations are quicker
+_CACHED = 1 << 16  # elements of a product that stay in a core's cache
 _local = threading.local()
 
 
@@ -41,14 +42,21 @@ def _of_input(x: Tensor, u: Update) -> Tensor:
     return x if u.region.columns is None else x[:, slice(*u.region.columns)]
 
 
-def factored_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
-    """x (W + ΔW)ᵀ + bias.
+def factored_linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    alpha: Tensor | None = None,
+) -> Tensor:
+    """x (α ∘ W + ΔW)ᵀ + bias.
 
     Args:
         x: input of shape (*, n).
         W: weight of shape (m, n).
         bias: shape (m,), or None.
         updates: what is added to W; their factors are cast to x's dtype.
+        alpha: what multiplies each row of W first, (m,); None for 1. W is frozen where it is given.
 
     Returns:
         Shape (*, m).
@@ -57,33 +65,57 @@ def factored_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence
     factors: list[Tensor] = []
     for u in updates:
         factors += (u.A, u.B) if u.A.dtype == dtype else (u.A.to(dtype), u.B.to(dtype))
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *factors))
+    grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, W, *factors, *(() if alpha is None else (alpha,)))
+    )
     if grad and (x.numel() > _SMALL or any(u.dropout for u in updates)):
-        return cast(Tensor, _Linear.apply(x, W, bias, updates, *factors))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Linear.apply(x, W, bias, alpha, updates, *factors))  # type: ignore[no-untyped-call]
     rows = x if x.dim() == 2 else x.reshape(-1, W.shape[1])
     y = (
-        _add_each(rows, W, bias, updates, factors)
+        _add_each(rows, W, bias, alpha, updates, factors)
         if grad
-        else _forward(rows, W, bias, updates, factors, None)
+        else _forward(rows, W, bias, alpha, updates, factors, None)
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
 
 
+def _rescale(y: Tensor, bias: Tensor | None, alpha: Tensor) -> Tensor:
+    """α ∘ (y - b) + b for y (T, m), which is y itself, bit for bit, where α is 1."""
+    wide = alpha if bias is None else alpha.to(torch.promote_types(alpha.dtype, bias.dtype))
+    z = y * wide if bias is None else torch.addcmul(bias - wide * bias, y.to(wide.dtype), wide)
+    return z.to(y.dtype)
+
+
 def _add_each(
-    x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update], factors: Sequence[Tensor]
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor | None,
+    updates: Sequence[Update],
+    factors: Sequence[Tensor],
 ) -> Tensor:
     """y for x (T, n) by operations that autograd records: for few rows, where the time that a
     backward of our own takes to be called is more than what it saves."""
     y = F.linear(x, W, bias)  # (T, m)
+    if alpha is not None:
+        y = _rescale(y, bias, alpha)
     for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
         h = F.linear(_of_input(x, u), A)  # (T, r)
         _of_output(y, u).addmm_(h, B.t(), alpha=u.scale)
     return y
 
 
-def composed_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
+def composed_linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    alpha: Tensor | None = None,
+) -> Tensor:
     """The same out of torch's own operations, for tracing and for function transforms."""
     y = F.linear(x, W, bias)  # (*, m)
+    if alpha is not None:
+        y = _rescale(y, bias, alpha)
     for u in updates:
         part = x if u.region.columns is None else x[..., slice(*u.region.columns)]
         if u.dropout:
@@ -108,12 +140,17 @@ def _prefers_built(W: Tensor, rows: int, other: int, updates: Sequence[Update]) 
     return rows > other
 
 
-def _build(W: Tensor, updates: Sequence[Update], factors: Sequence[Tensor]) -> Tensor:
-    """W + ΔW, valid until this thread builds the next one. (m, n)"""
+def _build(
+    W: Tensor, alpha: Tensor | None, updates: Sequence[Update], factors: Sequence[Tensor]
+) -> Tensor:
+    """α ∘ W + ΔW, valid until this thread builds the next one. (m, n)"""
     built = _scratch(W)
-    if len(updates) == 1 and updates[0].region.is_whole:
+    if alpha is not None:
+        torch.mul(W, alpha.unsqueeze(-1), out=built)
+    elif len(updates) == 1 and updates[0].region.is_whole:
         return torch.addmm(W, factors[1], factors[0], alpha=updates[0].scale, out=built)
-    built.copy_(W)
+    else:
+        built.copy_(W)
     for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
         built[u.region.index].addmm_(B, A, alpha=u.scale)
     return built
@@ -137,16 +174,23 @@ def _forward(
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
+    alpha: Tensor | None,
     updates: Sequence[Update],
     factors: Sequence[Tensor],
     kept: list[Tensor | None] | None,
 ) -> Tensor:
-    """y for x (T, n). `kept` is given x Aᵀ (scaled) and the bits of dropout, for backward."""
-    if _prefers_built(W, x.shape[0], W.shape[1], updates):
+    """y for x (T, n). `kept` is given, for backward, x Wᵀ + b where there is an α, and for each
+    update x Aᵀ and the bits of dropout."""
+    rescales = alpha is not None and kept is not None  # backward asks for y before it
+    if not rescales and _prefers_built(W, x.shape[0], W.shape[1], updates):
         if kept is not None:
-            kept += [None, None] * len(updates)
-        return F.linear(x, _build(W, updates, factors), bias)
+            kept += [None] * (1 + 2 * len(updates))
+        return F.linear(x, _build(W, alpha, updates, factors), bias)
     y = F.linear(x, W, bias)  # (T, m)
+    if kept is not None:
+        kept.append(y if rescales else None)
+    if alpha is not None:
+        y = _rescale(y, bias, alpha)
     for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
         part_x, bits = _of_input(x, u), None
         if u.dropout:
@@ -190,29 +234,40 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         W: Tensor,
         bias: Tensor | None,
+        alpha: Tensor | None,
         updates: Sequence[Update],
         *factors: Tensor,
     ) -> Tensor:
         kept: list[Tensor | None] = []
-        y = _forward(x.reshape(-1, W.shape[1]), W, bias, updates, factors, kept)
+        y = _forward(x.reshape(-1, W.shape[1]), W, bias, alpha, updates, factors, kept)
         ctx.updates = updates
-        ctx.save_for_backward(x, W, *factors, *kept)
+        ctx.save_for_backward(x, W, bias if alpha is not None else None, alpha, *factors, *kept)
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         updates: Sequence[Update] = ctx.updates
-        x, W, *rest = ctx.saved_tensors
+        x, W, bias, alpha, *rest = ctx.saved_tensors
         count = 2 * len(updates)
-        factors, kept = rest[:count], rest[count:]
-        needs_x, needs_W, needs_bias, _, *needs = ctx.needs_input_grad
+        factors, before, kept = rest[:count], rest[count], rest[count + 1 :]
+        needs_x, needs_W, needs_bias, needs_alpha, _, *needs = ctx.needs_input_grad
         x2 = x.reshape(-1, W.shape[1])  # (T, n)
         g = grad.reshape(-1, W.shape[0])  # (T, m)
         again = torch.is_grad_enabled()  # a graph of this backward: nothing may be cut off
         built = not again and _prefers_built(W, g.shape[0], W.shape[0], updates)
+        dbias = g.sum(0) if needs_bias or (needs_alpha and bias is not None) else None  # (m,)
+        dalpha: Tensor | None = None
+        if needs_alpha:
+            if again:  # from what has a graph itself
+                before = F.linear(x2, W, bias)
+            dalpha = _column_dots(g, before)  # (m,)
+            if bias is not None:
+                dalpha = dalpha - bias * dbias
         dx: Tensor | None = None
-        if needs_x:
-            dx = g @ (_build(W, updates, factors) if built else W)  # (T, n)
+        if needs_x and built:
+            dx = g @ _build(W, alpha, updates, factors)  # (T, n)
+        elif needs_x:
+            dx = (g if alpha is None else (g * alpha).to(g.dtype)) @ W  # (T, n)
         grads: list[Tensor | None] = []
         for i, u in enumerate(updates):
             A, B = factors[2 * i : 2 * i + 2]
@@ -230,10 +285,22 @@ class _Linear(torch.autograd.Function):
                 dB = (h.t() @ part_g).mul_(_scale(u)).t()  # (m, r)
             grads += [dA, dB]
         dW = g.t() @ x2 if needs_W else None  # (m, n)
-        dbias = g.sum(0) if needs_bias else None  # (m,)
         if dx is not None:
             dx = dx.view(x.shape)
-        return dx, dW, dbias, None, *grads
+        return dx, dW, dbias if needs_bias else None, dalpha, None, *grads
+
+
+def _column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over rows of a ∘ b, in fp32 at least. (T, m), (T, m) → (m,)
+
+    On a CPU in blocks of rows that stay in its cache.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if a.device.type != "cpu" or torch.is_grad_enabled():
+        return (a * b).sum(0, dtype=wide)
+    step = max(1, _CACHED // a.shape[1])
+    parts = zip(torch.split(a, step), torch.split(b, step), strict=True)
+    return torch.stack([(x * y).sum(0, dtype=wide) for x, y in parts]).sum(0)
 
 
 def _through_A(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_param.targets.settings import parse_init
+from lora_param.weight.dora import row_norms, row_squares
 
 __all__ = ["METHODS", "initial_factors"]
 
@@ -107,6 +108,7 @@ def initial_factors(
     scale: float,
     init: str,
     W: Callable[[], Tensor],
+    variant: str = "lora",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -119,13 +121,14 @@ def initial_factors(
         scale: what will multiply B @ A.
         init: a name of `METHODS`; `normal` takes its standard deviation as `normal:STD`.
         W: gives the target as a matrix of that shape; called only by what starts from it.
+        variant: dora takes a magnitude as well.
         dtype: dtype of the factors.
         device: where they live.
         generator: source of randomness; torch's own where None.
 
     Returns:
-        `lora_A` (*, rank, in) and `lora_B` (*, out, rank), and for pissa and olora the equal
-        `initial_A` and `initial_B` that are subtracted.
+        `lora_A` (*, rank, in) and `lora_B` (*, out, rank), for pissa and olora the equal
+        `initial_A` and `initial_B` that are subtracted, for dora the `magnitude` (*, out).
 
     Raises:
         OptionError: no such initialisation.
@@ -137,6 +140,8 @@ def initial_factors(
         shapes = {"lora_A": (*lead, rank, columns), "lora_B": (*lead, rows, rank)}
         if name in _FROM_WEIGHT:
             shapes |= {f"initial_{n[-1]}": shape for n, shape in shapes.items()}
+        if variant == "dora":
+            shapes["magnitude"] = (*lead, rows)
         return {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items()}
 
     def one(index: int | None) -> Factors:
@@ -157,4 +162,7 @@ def initial_factors(
     factors = {"lora_A": A, "lora_B": B}
     if name in _FROM_WEIGHT:
         factors |= {"initial_A": A.clone(), "initial_B": B.clone()}
+    if variant == "dora":
+        squares = row_squares(W().detach().to(device, torch.promote_types(dtype, torch.float32)))
+        factors["magnitude"] = row_norms(squares).to(dtype)
     return factors

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_param.targets.regions import WHOLE, Region
+from lora_param.weight.dora import decomposed_delta
 
 __all__ = ["Update", "add_deltas", "compute_dtype", "join_factors", "merge", "update_delta"]
 __all__ += ["update_matrix"]
@@ -28,6 +29,10 @@ class Update:
         region: the part of the weight it adds to.
         dropout: probability with which an element of the input is dropped before A, where the
             operation shows the input.
+        magnitude: DoRA's length of each row, (out,) or (E, out); None for plain LoRA.
+        strength: multiplies DoRA's ΔW, whose `scale` is within its norm; a 0-d tensor while
+            compiling. Plain LoRA's is part of `scale`.
+        squares: what `row_squares` gives for the region of W, where it is known.
     """
 
     A: Tensor
@@ -35,6 +40,14 @@ class Update:
     scale: float
     region: Region = WHOLE
     dropout: float = 0.0
+    magnitude: Tensor | None = None
+    strength: float = 1.0
+    squares: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What of it may be trained."""
+        return (self.A, self.B) if self.magnitude is None else (self.A, self.B, self.magnitude)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,9 +82,13 @@ def update_matrix(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Ten
     return (B.to(dtype).contiguous() @ A.to(dtype).contiguous()) * scale
 
 
-def update_delta(u: Update, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """ΔW of one update, in the shape of its region of a weight of shape `shape`."""
-    return update_matrix(u.A, u.B, u.scale, dtype).reshape(u.region.shape(shape))
+def update_delta(u: Update, W: Tensor, dtype: torch.dtype) -> Tensor:
+    """ΔW of one update of W, in the shape of its region."""
+    delta = update_matrix(u.A, u.B, u.scale, dtype)
+    if u.magnitude is not None:
+        part = W[u.region.index].to(dtype).reshape(delta.shape)
+        delta = decomposed_delta(part, delta, u.magnitude.to(dtype), u.strength)
+    return delta.reshape(u.region.shape(tuple(W.shape)))
 
 
 def add_deltas(W: Tensor, deltas: Iterable[tuple[Region, Tensor]]) -> Tensor:
@@ -96,5 +113,5 @@ def merge(W: Tensor, updates: Iterable[Update]) -> Tensor:
     >>> merge(W, [Update(torch.ones(1, 3), torch.ones(2, 1), 0.5)]).dtype
     torch.bfloat16
     """
-    dtype, shape = compute_dtype(W.dtype), tuple(W.shape)
-    return add_deltas(W, ((u.region, update_delta(u, shape, dtype)) for u in updates)).to(W.dtype)
+    dtype = compute_dtype(W.dtype)
+    return add_deltas(W, ((u.region, update_delta(u, W, dtype)) for u in updates)).to(W.dtype)

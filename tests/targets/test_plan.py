@@ -46,7 +46,7 @@ def test_counts_shapes_and_share() -> None:
         ("in_proj_weight[0/3]", 1),
         ("experts[*]", 1),
     ]
-    assert [t.factor_shapes for t in plan.targets] == [
+    assert [t.settings.shapes(t.matrix) for t in plan.targets] == [
         {"lora_A": (2, 16), "lora_B": (16, 2)},
         {"lora_A": (2, 16), "lora_B": (16, 2)},
         {"lora_A": (4, 2, 16), "lora_B": (4, 8, 2)},

@@ -19,7 +19,7 @@ __all__ += ["part_of_input", "plain_updates", "stacked_updates", "tracing", "who
 def plain_updates(weight: AdaptedWeight) -> bool:
     """Every update only adds scale·(B @ A): nothing rescales the sum, as DoRA's magnitude does."""
     for u in weight.updates:  # noqa: SIM110  each product passes here: no generator
-        if getattr(u, "magnitude", None) is not None:
+        if u.magnitude is not None:
             return False
     return True
 
