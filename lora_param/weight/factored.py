@@ -7,8 +7,9 @@ kept for backward, x is kept once, and each direction chooses between two orders
 - factored, 2·T·r·(m + n) operations: x Wᵀ, then the skinny products;
 - built, 2·m·n·r operations: W + ΔW into a scratch buffer, then one product.
 
-The choice is per shape (RunLoRA, Cherniuk et al. 2023, https://arxiv.org/abs/2312.03415). Products
-are oriented for the CPU's libraries: both gradients have the rank as rows of the left operand.
+The choice is per shape (RunLoRA, Cherniuk et al. 2023, https://arxiv.org/abs/2312.03415). The
+skinny products have the rank as rows of the left operand, forward as (A xᵀ) and backward as
+(Bᵀ gᵀ), both (r, T): a CPU's libraries take up to ten times as long for the other orientation.
 """
 
 from __future__ import annotations
@@ -195,10 +196,10 @@ def _forward(
         part_x, bits = _of_input(x, u), None
         if u.dropout:
             bits = draw_bits(part_x.shape[0], part_x.shape[1], u.dropout, x.device)
-        h = _down(part_x, A, bits)  # (T, r)
-        _of_output(y, u).addmm_(h, B.t(), alpha=_scale(u))
+        Ax = _down(part_x, A, bits)  # (r, T)
+        _of_output(y, u).addmm_(Ax.t(), B.t(), alpha=_scale(u))
         if kept is not None:
-            kept += [h, bits]
+            kept += [Ax, bits]
     return y
 
 
@@ -208,16 +209,16 @@ def _scale(u: Update) -> float:
 
 
 def _down(x: Tensor, A: Tensor, bits: Tensor | None) -> Tensor:
-    """x Aᵀ, or that of x with its dropped elements zero. (T, r)"""
+    """A xᵀ, or that of x with its dropped elements zero. (r, T)"""
     if bits is None:
-        return x @ A.t()
+        return A @ x.t()
     if torch.is_grad_enabled():
-        return torch.cat([(x[rows] * mask) @ A.t() for rows, mask in masked_blocks(x, bits)])
-    h, masked = x.new_empty(x.shape[0], A.shape[0]), None
+        return torch.cat([A @ (x[rows] * mask).t() for rows, mask in masked_blocks(x, bits)], 1)
+    Ax, masked = x.new_empty(A.shape[0], x.shape[0]), None
     for rows, mask in masked_blocks(x, bits):
         masked = _buffer(masked, mask, x)
-        torch.mm(torch.mul(x[rows], mask, out=masked), A.t(), out=h[rows])
-    return h
+        torch.mm(A, torch.mul(x[rows], mask, out=masked).t(), out=Ax[:, rows])
+    return Ax
 
 
 def _buffer(last: Tensor | None, mask: Tensor, like: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ def _buffer(last: Tensor | None, mask: Tensor, like: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x (W + ΔW)ᵀ + bias: saves x, W and the factors, and x Aᵀ (T, r) where it was computed."""
+    """x (W + ΔW)ᵀ + bias: saves x, W and the factors, and A xᵀ (r, T) where it was computed."""
 
     @staticmethod
     def forward(
@@ -271,18 +272,18 @@ class _Linear(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for i, u in enumerate(updates):
             A, B = factors[2 * i : 2 * i + 2]
-            h, bits = kept[2 * i : 2 * i + 2]
+            Ax, bits = kept[2 * i : 2 * i + 2]
             needs_A, needs_B = needs[2 * i : 2 * i + 2]
             part_g, part_x = _of_output(g, u), _of_input(x2, u)
             dA = dB = None
             if needs_A or (needs_x and not built):
-                gB = part_g @ B  # (T, r)
+                Bg = (B.t() @ part_g.t()).mul_(_scale(u))  # (r, T)
                 into = None if dx is None or built else _of_input(dx, u)
-                dA = _through_A(gB, A, part_x, into, bits, _scale(u), needs_A)
+                dA = _through_A(Bg, A, part_x, into, bits, needs_A)
             if needs_B:
-                if h is None or again:
-                    h = _down(part_x, A, bits)
-                dB = (h.t() @ part_g).mul_(_scale(u)).t()  # (m, r)
+                if Ax is None or again:
+                    Ax = _down(part_x, A, bits)
+                dB = (Ax @ part_g).mul_(_scale(u)).t()  # (m, r)
             grads += [dA, dB]
         dW = g.t() @ x2 if needs_W else None  # (m, n)
         if dx is not None:
@@ -304,30 +305,29 @@ def _column_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _through_A(
-    gB: Tensor,
+    Bg: Tensor,
     A: Tensor,
     x: Tensor,
     dx: Tensor | None,
     bits: Tensor | None,
-    scale: float,
     needs_A: bool,
 ) -> Tensor | None:
-    """dA = scale·(g B)ᵀ x, and scale·(g B) A added to dx, both under the mask of dropout."""
+    """dA = Bg x, and Bgᵀ A added to dx, both under the mask of dropout. Bg (r, T), scaled."""
     if bits is None:
         if dx is not None:
-            dx.addmm_(gB, A, alpha=scale)
-        return (gB.t() @ x).mul_(scale) if needs_A else None  # (r, n)
+            dx.addmm_(Bg.t(), A)
+        return Bg @ x if needs_A else None  # (r, n)
     dA, block = torch.zeros_like(A) if needs_A else None, None
     for rows, mask in masked_blocks(x, bits):
+        part = Bg[:, rows]
         if torch.is_grad_enabled():
-            masked, through = x[rows] * mask, (gB[rows] @ A) * mask
-            dA = None if dA is None else dA.addmm_(gB[rows].t(), masked, alpha=scale)
+            dA = None if dA is None else dA.addmm_(part, x[rows] * mask)
             if dx is not None:
-                dx[rows].add_(through, alpha=scale)
+                dx[rows].add_((part.t() @ A) * mask)
             continue
         block = _buffer(block, mask, x)
         if dA is not None:
-            dA.addmm_(gB[rows].t(), torch.mul(x[rows], mask, out=block), alpha=scale)
+            dA.addmm_(part, torch.mul(x[rows], mask, out=block))
         if dx is not None:
-            dx[rows].add_(torch.mm(gB[rows], A, out=block).mul_(mask), alpha=scale)
+            dx[rows].add_(torch.mm(part.t(), A, out=block).mul_(mask))
     return dA
