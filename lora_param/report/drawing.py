@@ -18,7 +18,9 @@ from lora_param.report.data import TargetRow
 from lora_param.report.grid import Grid
 from lora_param.report.vector import STEPS, figure, ink, style, to_svg
 
-__all__ = ["Measure", "heat_map", "ramps", "spectrum"]
+__all__ = ["Measure", "heat_map", "ramps", "spectrum", "spectrum_limits"]
+
+_DRAWN = 1e-100, 1e100  # logarithmic axes overflow not far beyond
 
 _WIDTH = 900.0  # of a page's column, in CSS pixels
 _LETTER = 6.1  # width of an average letter of a label
@@ -77,7 +79,7 @@ def _scale(values: Sequence[float], ratio: bool) -> BoundaryNorm | None:
     """Steps of colour from the least to the greatest value; None where there is none."""
     if not values:
         return None
-    least, most = min(values), max(values)
+    least, most = (float(v) for v in np.clip([min(values), max(values)], *_DRAWN))
     least = min(least, most * 0.9)  # differences of some percent stay pale
     apart = ratio and most / least > 4
     edges = (np.geomspace if apart else np.linspace)(least, most, STEPS + 1)
@@ -169,7 +171,9 @@ def _cell(
     """One target. What is out of the ordinary shows by form: hollow and dashed, crossed, or "!"."""
     x, y = at
     hollow = value is None or not math.isfinite(value) or value <= 0 or scale is None
-    step = 0 if value is None or hollow or scale is None else min(int(scale(value)), STEPS - 1)
+    step = (
+        0 if value is None or hollow or scale is None else min(max(int(scale(value)), 0), STEPS - 1)
+    )
     box = Rectangle((x - 0.5, y - 0.5), 1, 1, lw=1.5, edgecolor=ink("surface"))
     box.set_facecolor(ink("surface" if hollow else f"{ramp}{step}"))
     box.set_url(url)
@@ -251,7 +255,7 @@ def spectrum(
             depth = STEPS - 1 if len(targets) == 1 else round(i * (STEPS - 1) / (len(targets) - 1))
             dashed = "--" if not target.enabled else "-"
             (line,) = axes.plot(
-                range(1, len(values) + 1), np.maximum(values, 1e-300), dashed,
+                range(1, len(values) + 1), np.clip(values, *_DRAWN), dashed,
                 color=ink(f"depth{depth}"), lw=0.8 if many else 1.5, alpha=0.55 if many else None,
             )  # fmt: skip
             line.set_url(links[target.target])
@@ -271,9 +275,19 @@ def spectrum(
         return to_svg(page, f"Singular values of the updates of {label}.", said)
 
 
+def spectrum_limits(targets: Sequence[TargetRow]) -> tuple[float, float]:
+    """An axis for the singular values of targets, of which one is not zero: at most four decades.
+
+    What is below is rounding, or as good as zero beside the rest.
+    """
+    positive = [v for t in targets for v in t.singular_values or () if v > 0]
+    least, most = (float(v) for v in np.clip([min(positive), max(positive)], *_DRAWN))
+    return max(least, most * 1e-4) / 1.5, most * 1.5
+
+
 def _median(targets: Sequence[TargetRow]) -> tuple[range, list[float]]:
     """The middle one of the first, second, … singular values of targets."""
     found = [t.singular_values or () for t in targets]
     longest = max(map(len, found))
     middle = [float(np.median([s[k] for s in found if len(s) > k])) for k in range(longest)]
-    return range(1, longest + 1), [max(value, 1e-300) for value in middle]
+    return range(1, longest + 1), np.clip(middle, *_DRAWN).tolist()

@@ -237,7 +237,7 @@ def _spectra(
     grid: Grid, links: Mapping[str, str], said: Mapping[str, str], suffix: str
 ) -> Iterator[str]:
     """A panel for each row of the grid, strongest first where there are too many."""
-    from lora_param.report.drawing import spectrum
+    from lora_param.report.drawing import spectrum, spectrum_limits
 
     lines: dict[int, list[TargetRow]] = {}
     for (row, _), target in sorted(grid.cells.items()):
@@ -248,9 +248,7 @@ def _spectra(
         return  # a single value is the norm, which is shown already
     greatest = {row: max(max(t.singular_values or (0,)) for t in of) for row, of in lines.items()}
     shown = sorted(sorted(lines, key=lambda row: -greatest[row])[:_PANELS])
-    positive = [v for of in lines.values() for t in of for v in t.singular_values or () if v > 0]
-    most = max(positive)
-    limits = max(min(positive), most * 1e-4) / 1.5, most * 1.5
+    limits = spectrum_limits([t for of in lines.values() for t in of])
     about = "Singular values of each ΔW, greatest first, a line for each target."
     if any(len(of) > 1 for of in lines.values()):
         about += " The first layers are faint, the last strong."

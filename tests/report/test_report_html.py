@@ -154,6 +154,18 @@ def test_any_name_can_be_drawn(name: str, tmp_path) -> None:
     Page((tmp_path / "page.html").read_text("utf-8"))
 
 
+@pytest.mark.parametrize("least", [5e-324, 1e-30, 1.0, 1e300])
+@pytest.mark.parametrize("base", [0.0, 1e-310, 1.0, math.nan, math.inf])
+def test_any_number_can_be_drawn(least: float, base: float) -> None:
+    sizes = (least, 1.7e308, least)
+    rows = [
+        row(f"h.{i}.q", update_norm=s, weight_norm=base, singular_values=(s, s / 2, 0.0))
+        for i, s in enumerate(sizes)
+    ]
+    for some in (rows, rows[:1], rows[1:2], rows[::2]):
+        Page(Stats(tuple(some), 100).to_html())
+
+
 def test_equal_stats_give_equal_pages_and_leave_matplotlib_as_it_was() -> None:
     with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 40, "text.usetex": True}):
         before = dict(matplotlib.rcParams)
