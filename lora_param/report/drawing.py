@@ -212,6 +212,8 @@ def _colour_bar(axes: Axes, scale: BoundaryNorm, measure: Measure) -> None:
         format=FuncFormatter(lambda value, _: figures.number(value, 2)),
     )  # fmt: skip
     bar.outline.set_visible(False)
+    if bar.solids is not None:
+        bar.solids.set_edgecolor("face")  # or seams show between the steps
     bar.ax.tick_params(length=0, pad=4, labelsize=10)
     bar.ax.xaxis.set_minor_locator(NullLocator())
 
@@ -268,7 +270,8 @@ def spectrum(
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0, labelsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        between = (1.0,) if limits[1] / limits[0] > 50 else (1.0, 2.0, 5.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=between, numticks=5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.patch.set_visible(False)

@@ -113,17 +113,11 @@ def _summary(stats: StatsData) -> list[str]:
     names = {r.adapter for r in stats.rows}
     adapters = f"of {figures.plural(len(names), 'adapter')}" if len(names) > 1 else ""
     tiles.append(("targets", figures.count(len(stats.rows)), adapters))
-    live = [r for r in stats.rows if not r.dead]
-    ratios = [r.ratio for r in live]
-    ranks = [r.effective_rank for r in live]
-    norms = [r.update_norm for r in live]
-    of = "range" if len(live) == len(stats.rows) else "range, zeros left out"
-    for name, values in ((_RATIO, ratios), ("effective rank", ranks)):
-        if name == _RATIO and not any(v is not None for v in values):
-            name, values = _NORM, norms
-        if any(v is not None for v in values):
-            text = figures.span(values, digits=2)
-            tiles.append((name, text, of if "–" in text else "all alike"))
+    ratios, norms = [r.ratio for r in stats.rows], [r.update_norm for r in stats.rows]
+    ranks = [r.effective_rank for r in stats.rows]
+    by_ratio = any(v is not None for v in ratios)
+    tiles.append(_range(_RATIO, ratios) if by_ratio else _range(_NORM, norms))
+    tiles.append(_range("effective rank", ranks))
     common, _ = split_common(
         stats.rows,
         [
@@ -137,6 +131,7 @@ def _summary(stats: StatsData) -> list[str]:
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}"
         f"{f'<small>{escape(more)}</small>' if more else ''}</dd></div>"
         for name, value, more in tiles
+        if value
     )
     parts = [
         f"<dl class=tiles data-trainable={stats.trainable} data-base={stats.base} "
@@ -152,6 +147,18 @@ def _summary(stats: StatsData) -> list[str]:
         everywhere = " · ".join(map(escape, common))
         parts.append(f"<p class=note>{everywhere}</p>")
     return parts
+
+
+def _range(name: str, values: Sequence[float | None]) -> tuple[str, str, str]:
+    """A tile with the least and the greatest of measured values that are neither zero nor NaN."""
+    known = [v for v in values if v is not None]
+    usual = [v for v in known if math.isfinite(v) and v > 0]
+    without = ["zero"] if 0 in known else []
+    without += ["NaN"] if any(map(math.isnan, known)) else []
+    without += ["infinity"] if any(map(math.isinf, known)) else []
+    text = figures.span(usual, digits=2)
+    about = "range" if "–" in text else ""
+    return name, text, f"{about} without {' or '.join(without)}".strip() if without else about
 
 
 def _remarks(stats: StatsData) -> list[str]:
