@@ -21,6 +21,7 @@
     │   │   ├── FingerprintError      same names and shapes, another base
     │   │   ├── UnchangedError        a bake that would change nothing
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
+    │   ├── MissingPackageError       a package that only this needs
     │   └── FileError                 reading or writing
     │       ├── MissingFileError
     │       ├── BrokenFileError
@@ -48,6 +49,7 @@ __all__ = [
     "LoraParamError",
     "MismatchError",
     "MissingFileError",
+    "MissingPackageError",
     "ModelError",
     "NoAdapterError",
     "NoMatchError",
@@ -96,6 +98,15 @@ class OptionError(UserError, ValueError):
 
     def __init__(self, option: str, found: object, accepted: str) -> None:
         super().__init__(f"{option} is {found!r}; accepted: {accepted}.")
+
+
+class MissingPackageError(UserError, ImportError):
+    """A package is not installed that only what was asked for needs."""
+
+    def __init__(self, what: str, package: str, install: str) -> None:
+        super().__init__(
+            f"{what} needs {package}, which is not installed: pip install '{install}'."
+        )
 
 
 # --- choosing weights -------------------------------------------------------------------------

@@ -103,6 +103,7 @@ def test_there_is_no_import_cycle() -> None:
         ("typer", ("cli",)),
         ("click", ("cli",)),
         ("rich", ("cli", "report", "demo")),
+        ("matplotlib", ("report.drawing", "report.vector")),
         ("torch.nn.utils.parametrize", ("model.attach",)),
         ("safetensors", ("checkpoint", "formats")),
     ],

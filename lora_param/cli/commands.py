@@ -155,14 +155,23 @@ def stats(
     norms: Annotated[
         bool, typer.Option("--norms/--no-norms", help="Measure the updates; reads the weights.")
     ] = True,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
+    ] = None,
     key: Key = None,
     ignore_fingerprint: AnyBase = False,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Show what is in a model, an adapter, or an adapter on a model.
 
     Example: lora-param stats model.safetensors adapter.safetensors
     """
+    if html is not None:
+        from lora_param.report.html import check_page
+
+        check_page(html, force=force)
     with progress_bar("Measuring", quiet=json) as progress:
         found = lp.stats(
             model,
@@ -172,10 +181,12 @@ def stats(
             check_fingerprint=not ignore_fingerprint,
             progress=progress,
         )
+    if html is not None:
+        found.write_html(html, force=force)
     if json:
-        show_json(found.to_dict())
+        show_json(found.to_dict() if html is None else {**found.to_dict(), "html": str(html)})
     else:
-        show(found)
+        show(found, *([] if html is None else [f"Wrote {html}."]))
     if fail_on_dead and found.dead:
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Generic, TypeVar
 
-__all__ = ["Group", "collapse"]
+__all__ = ["Group", "collapse", "is_index"]
 
 T = TypeVar("T")
 Axes = tuple[tuple[int, ...], ...]
@@ -51,8 +51,8 @@ def collapse(
     families: dict[Hashable, dict[tuple[int, ...], list[tuple[int, T]]]] = {}
     for position, item in enumerate(items):
         segments = name(item).split(".")
-        template = tuple(None if _is_index(s) else s for s in segments)
-        indices = tuple(int(s) for s in segments if _is_index(s))
+        template = tuple(None if is_index(s) else s for s in segments)
+        indices = tuple(int(s) for s in segments if is_index(s))
         members = families.setdefault((template, alike(item)), {})
         members.setdefault(indices, []).append((position, item))
     groups: list[tuple[int, Group[T]]] = []
@@ -68,7 +68,8 @@ def collapse(
     return [group for _, group in sorted(groups, key=lambda pair: pair[0])]
 
 
-def _is_index(segment: str) -> bool:
+def is_index(segment: str) -> bool:
+    """The segment of a name is a whole number, as in `layer.11.query`."""
     # "01" is left as it is: {0..1} would not bring its zero back
     return segment.isascii() and segment.isdigit() and (segment == "0" or segment[0] != "0")
 

@@ -84,9 +84,9 @@ def _row(
     name, region = target.target.name, target.target.region
     factors = _factors(adapter, key)
     down, up = factors["lora_A"], factors["lora_B"]
-    norm = rank = weight_norm = None
+    norm = rank = spectrum = weight_norm = None
     if measured:
-        norm, rank = measure(
+        norm, rank, spectrum = measure(
             down, up, target.scale, factors.get("initial_A"), factors.get("initial_B")
         )
     if base_array is not None:
@@ -128,6 +128,7 @@ def _row(
         weight_norm,
         rank,
         target.also,
+        spectrum,
     )
 
 

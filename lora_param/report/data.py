@@ -30,6 +30,8 @@ class TargetRow:
         weight_norm: ‖W‖ of the adapted part, where it was measured.
         effective_rank: of ΔW, where it was measured.
         also: further names of the same (tied) tensor that share the factors.
+        singular_values: of ΔW, greatest first, where they were measured; of a stack each is the
+            root of the sum of squares over its matrices. Their norm is `update_norm`.
     """
 
     target: str
@@ -46,6 +48,7 @@ class TargetRow:
     weight_norm: float | None = None
     effective_rank: float | None = None
     also: tuple[str, ...] = ()
+    singular_values: tuple[float, ...] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -74,9 +77,13 @@ class TargetRow:
             found.append("not finite")
         return tuple(found)
 
-    def to_dict(self) -> dict[str, object]:
-        """The row as plain data for JSON, which has no NaN: such a number is null."""
-        return {
+    def to_dict(self, *, singular_values: bool = False) -> dict[str, object]:
+        """The row as plain data for JSON, which has no NaN: such a number is null.
+
+        Args:
+            singular_values: with them; they are most of the numbers, and wanted by few.
+        """
+        row = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in {
                 **asdict(self),
@@ -86,6 +93,12 @@ class TargetRow:
                 "finite": self.finite,
             }.items()
         }
+        del row["singular_values"]
+        if singular_values:
+            known = self.singular_values
+            finite = known is not None and all(math.isfinite(v) for v in known)
+            row["singular_values"] = list(known) if known is not None and finite else None
+        return row
 
 
 @dataclass(frozen=True)
@@ -156,8 +169,8 @@ class StatsData:
         """The targets that are disabled."""
         return tuple(row for row in self.rows if not row.enabled)
 
-    def to_dict(self) -> dict[str, object]:
-        """All of it as plain data, for JSON."""
+    def to_dict(self, *, singular_values: bool = False) -> dict[str, object]:
+        """All of it as plain data, for JSON; with every target's singular values if asked."""
         return {
             "source": self.source,
             "trainable": self.trainable,
@@ -167,7 +180,7 @@ class StatsData:
             "unfrozen": self.unfrozen,
             "dead": [row.target for row in self.dead],
             "disabled": [row.target for row in self.disabled],
-            "rows": [row.to_dict() for row in self.rows],
+            "rows": [row.to_dict(singular_values=singular_values) for row in self.rows],
             "weights": [row.to_dict() for row in self.weights],
             "notes": list(self.notes),
         }

@@ -11,9 +11,10 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from lora_param.report import figures
+from lora_param.report.data import StatsData
 from lora_param.report.tree import printable
 
-__all__ = ["View", "plain_text", "share_line", "split_common"]
+__all__ = ["View", "plain_text", "remarks", "share_line", "split_common"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,22 @@ def split_common(
         elif value := next(iter(values), ""):
             common.append(value if name == "dtype" else f"{name} {value}")
     return common, varying
+
+
+def remarks(stats: StatsData) -> list[tuple[str, str]]:
+    """What is out of the ordinary, counted, in words, each with "warning" or "error"."""
+    total = figures.plural(len(stats.rows), "target")
+    bad = sum(not row.finite for row in stats.rows)
+    found = [
+        (f"{number:,} of {total} {what}", kind)
+        for number, what, kind in (
+            (len(stats.dead), "still zero: ΔW = 0", "warning"),
+            (len(stats.disabled), "disabled: the base alone", "warning"),
+            (bad, "not finite: NaN or infinity", "error"),
+        )
+        if number
+    ]
+    if stats.unfrozen:
+        train = f"{figures.count(stats.unfrozen)} base elements train too: not frozen"
+        found.append((train, "warning"))
+    return found

@@ -129,10 +129,15 @@ def measure(
     scale: float,
     initial_A: ArrayLike | None = None,
     initial_B: ArrayLike | None = None,
-) -> tuple[float, float]:
-    """`update_norm` and `effective_rank` of an update, from one decomposition."""
+) -> tuple[float, float, tuple[float, ...]]:
+    """`update_norm`, `effective_rank` and singular values of an update, from one decomposition.
+
+    Of a stack each singular value is the root of the sum of squares over its matrices, so that the
+    norm of the singular values is the update's, as it is for a matrix.
+    """
     values = singular_values(A, B, scale, initial_A, initial_B)
-    return _norm(values), effective_rank(values)
+    spectrum = np.sqrt((values.reshape(-1, values.shape[-1]) ** 2).sum(0))  # (k,)
+    return _norm(values), effective_rank(values), tuple(spectrum.tolist())
 
 
 def _norm(values: Floats) -> float:

@@ -15,7 +15,7 @@ from lora_param.report import figures
 from lora_param.report.baked import bake_view
 from lora_param.report.collapse import Group, collapse
 from lora_param.report.data import StatsData, TargetRow, WeightRow
-from lora_param.report.layout import View, plain_text, share_line, split_common
+from lora_param.report.layout import View, plain_text, remarks, share_line, split_common
 from lora_param.report.tree import Column, Facts, Row, TreeTable
 from lora_param.targets.plan import LeftOut, PatternCount, Plan, PlannedTarget
 
@@ -93,22 +93,8 @@ def _target_line(
 
 
 def _warnings(stats: StatsData) -> list[RenderableType]:
-    """What is out of the ordinary, counted, in words."""
-    total = figures.plural(len(stats.rows), "target")
-    bad = sum(not row.finite for row in stats.rows)
-    lines: list[RenderableType] = [
-        Text(f"{number:,} of {total} {what}", style)
-        for number, what, style in (
-            (len(stats.dead), "still zero: ΔW = 0", "yellow"),
-            (len(stats.disabled), "disabled: the base alone", "yellow"),
-            (bad, "not finite: NaN or infinity", "bold red"),
-        )
-        if number
-    ]
-    if stats.unfrozen:
-        lines.append(
-            Text(f"{figures.count(stats.unfrozen)} base elements train too: not frozen", "yellow")
-        )
+    styles = {"warning": "yellow", "error": "bold red"}
+    lines: list[RenderableType] = [Text(text, styles[kind]) for text, kind in remarks(stats)]
     return ["", *lines] if lines else []
 
 

@@ -26,7 +26,7 @@ ESCAPE = "\x1b"
 OPTIONS = {
     "apply": "-t --target --exclude -r --rank --alpha --scaling --init --dropout --variant --seed "
     "--dry-run -o --output --tied --name --key --force --no-sync --json",
-    "stats": "--fail-on-dead --norms --no-norms --key --ignore-fingerprint --json",
+    "stats": "--fail-on-dead --norms --no-norms --html --key --ignore-fingerprint --force --json",
     "enable": "-t --target --json",
     "disable": "-t --target --json",
     "bake": "-o --output --dtype --in-place --verify --no-sync --force --key "

@@ -41,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     base, adapter = folder / "base.safetensors", folder / "adapter.safetensors"
     save_file({"fc.weight": torch.randn(8, 6)}, base)
     lp.apply_checkpoint(base, ["fc"], adapter, rank=2)
-    return {"base": str(base), "adapter": str(adapter)}
+    return {"base": str(base), "adapter": str(adapter), "page": str(folder / "page.html")}
 
 
 def test_the_package_imports_nothing_heavy() -> None:
@@ -65,6 +65,7 @@ def test_help_needs_neither_torch_nor_numpy(command: str | None) -> None:
         ["stats", "base"],
         ["stats", "adapter"],
         ["stats", "base", "adapter"],
+        ["stats", "base", "adapter", "--html", "page"],
         ["disable", "adapter"],
         ["enable", "adapter"],
     ],

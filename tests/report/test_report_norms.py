@@ -14,7 +14,11 @@ def test_equals_the_dense_decomposition(lead, rows, rank, columns):
     values = singular_values(A, B, 1.5)
     np.testing.assert_allclose(values, dense[..., : values.shape[-1]], rtol=1e-10, atol=1e-12)
     assert update_norm(A, B, 1.5) == pytest.approx(np.linalg.norm(1.5 * (B @ A)))
-    assert measure(A, B, -1.5)[0] == pytest.approx(update_norm(A, B, 1.5))
+    norm, _, spectrum = measure(A, B, -1.5)
+    assert norm == pytest.approx(update_norm(A, B, 1.5))
+    assert np.linalg.norm(spectrum) == pytest.approx(norm)
+    if not lead:
+        np.testing.assert_allclose(spectrum, values)
 
 
 def test_an_initial_pair_is_subtracted():
@@ -35,7 +39,8 @@ def test_effective_rank_counts_equal_directions():
 
 def test_zero_and_non_finite_factors():
     A, B = np.ones((2, 4)), np.zeros((3, 2))
-    assert measure(A, B, 1.0) == (0.0, 0.0)
+    assert measure(A, B, 1.0) == (0.0, 0.0, (0.0, 0.0))
     B[0, 0] = np.nan
-    assert np.isnan(measure(A, B, 1.0)).all()
+    norm, rank, spectrum = measure(A, B, 1.0)
+    assert np.isnan([norm, rank, *spectrum]).all()
     assert np.isnan(update_norm(A, np.full((3, 2), np.inf), 1.0))
