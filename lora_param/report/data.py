@@ -26,12 +26,14 @@ class TargetRow:
         enabled: the update takes part in the weight.
         trainable: number of elements of its factors.
         dead: still zero: B is all zero, or the factors are missing.
-        update_norm: ‖ΔW‖, where it was measured.
+        update_norm: ‖ΔW‖, where it was measured; of DoRA without its base, ‖scale·(B @ A)‖.
         weight_norm: ‖W‖ of the adapted part, where it was measured.
         effective_rank: of ΔW, where it was measured.
         also: further names of the same (tied) tensor that share the factors.
         singular_values: of ΔW, greatest first, where they were measured; of a stack each is the
-            root of the sum of squares over its matrices. Their norm is `update_norm`.
+            root of the sum of squares over its matrices. Their norm is `update_norm`. Of DoRA,
+            whose ΔW is of full rank, they and the effective rank are those of scale·(B @ A).
+        variant: lora or dora.
     """
 
     target: str
@@ -49,6 +51,7 @@ class TargetRow:
     effective_rank: float | None = None
     also: tuple[str, ...] = ()
     singular_values: tuple[float, ...] | None = None
+    variant: str = "lora"
 
     @property
     def ratio(self) -> float | None:

@@ -121,6 +121,7 @@ def _summary(stats: StatsData) -> list[str]:
     common, _ = split_common(
         stats.rows,
         [
+            ("variant", lambda r: "" if r.variant == "lora" else r.variant),
             ("rank", lambda r: str(r.rank)),
             ("alpha", lambda r: f"{r.alpha:g}"),
             ("scale", lambda r: f"{r.scale:g}"),

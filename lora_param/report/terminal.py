@@ -50,6 +50,7 @@ def _target_parts(rows: Sequence[TargetRow]) -> list[RenderableType]:
         return [Text("no targets: nothing is adapted", "yellow")]
     columns: list[tuple[str, Callable[[TargetRow], str]]] = [
         ("adapter", lambda r: r.adapter),
+        ("variant", lambda r: "" if r.variant == "lora" else r.variant),
         ("rank", lambda r: str(r.rank)),
         ("alpha", lambda r: f"{r.alpha:g}"),
         ("scale", lambda r: f"{r.scale:g}"),
@@ -63,7 +64,10 @@ def _target_parts(rows: Sequence[TargetRow]) -> list[RenderableType]:
     )
     # what is said of all of them is said once, by the count below
     marked = len({r.words for r in rows}) > 1
-    shown = [Column("shape"), *(Column(n, left=n in ("adapter", "dtype")) for n, _ in varying)]
+    shown = [
+        Column("shape"),
+        *(Column(n, left=n in ("adapter", "variant", "dtype")) for n, _ in varying),
+    ]
     shown += [Column("trainable"), Column("‖ΔW‖", optional=True), Column("‖ΔW‖/‖W‖")]
     shown += [Column("eff. rank", optional=True)]
     return [
@@ -132,6 +136,7 @@ def _weight_parts(stats: StatsData) -> list[RenderableType]:
 def plan_view(plan: Plan) -> RenderableType:
     """What `apply` would do: targets, counts of each pattern, what is left out, and the cost."""
     columns: list[tuple[str, Callable[[PlannedTarget], str]]] = [
+        ("variant", lambda t: "" if t.settings.variant == "lora" else t.settings.variant),
         ("rank", lambda t: str(t.settings.rank)),
         ("alpha", lambda t: f"{t.settings.alpha:g}"),
         ("scale", lambda t: f"{t.settings.scale:g}"),
@@ -145,7 +150,7 @@ def plan_view(plan: Plan) -> RenderableType:
         lambda t: str(t.target),
         lambda t: (t.weight.shape, _tied(t), *(show(t) for _, show in columns)),
     )
-    words = [Column(n, left=n in ("init", "dtype")) for n, _ in varying]
+    words = [Column(n, left=n in ("variant", "init", "dtype")) for n, _ in varying]
     lines = [
         Row(
             g.segments,
