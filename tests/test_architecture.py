@@ -30,9 +30,12 @@ ORDER = [
     "model.adapters",
     "model.switching",
     "model.state",
+    "model.snapshot",
+    "model.trial",
     "checkpoint",
     "formats",
     "report",
+    "verification",
     "api",
     "demo",
     "cli",
@@ -132,6 +135,7 @@ def test_the_public_names_are_these() -> None:
         "Plan",
         "Stats",
         "UserError",
+        "Verification",
         "__version__",
         "apply",
         "apply_checkpoint",
@@ -154,6 +158,7 @@ def test_the_public_names_are_these() -> None:
         "save",
         "set_scale",
         "stats",
+        "verify",
         "write_adapter",
     }
 
