@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_param.adapter import Adapter, AdapterTarget, check_fit
-from lora_param.errors import MismatchError
+from lora_param.errors import MismatchError, listed
 from lora_param.fingerprint import BaseWeight, tensor_base_weight
 from lora_param.model.sites import base_tensors, own_sites, sites, unwrapped
 from lora_param.targets.regions import Target
@@ -73,20 +73,32 @@ def load_into(
     unexpected = [k for k in adapter.targets if k not in mine]
     both = [k for k in adapter.targets if k in mine]
     factors = {k: adapter.factors(k) for k in both}
-    shapes = [
-        f"{k}.{n} is {tuple(t.shape)} in the file, {tuple(getattr(mine[k].lora, n).shape)} here"
-        for k in both
-        for n, t in factors[k].items()
-        if n.startswith("lora_") and t.shape != getattr(mine[k].lora, n).shape
+    ranks: dict[tuple[int, int], list[str]] = {}
+    shapes: dict[str, list[str]] = {}
+    for k in both:
+        lora, rank = mine[k].lora, adapter.targets[k].settings.rank
+        if rank != lora.settings.rank:
+            ranks.setdefault((rank, lora.settings.rank), []).append(k)
+            continue
+        told = [
+            f"{k}.{n} is {tuple(t.shape)} in the file, {tuple(getattr(lora, n).shape)} here"
+            for n, t in factors[k].items()
+            if n.startswith("lora_") and t.shape != getattr(lora, n).shape
+        ]
+        shapes |= {k: told} if told else {}
+    different = [
+        f"rank {theirs} in the file, {ours} here, of {listed(keys, 2)}"
+        for (theirs, ours), keys in ranks.items()
     ]
-    if shapes or (strict and (missing or unexpected)) or not both:
+    different += [text for told in shapes.values() for text in told]
+    if different or (strict and (missing or unexpected)) or not both:
         raise MismatchError(
             adapter.source,
             f"the adapter {name!r} of the model",
             missing=missing,
             unexpected=unexpected,
-            shapes=shapes,
-            matched=len(both) - len({s.partition(".lora_")[0] for s in shapes}),
+            shapes=different,
+            matched=len(both) - len(shapes) - sum(map(len, ranks.values())),
             wanted=len(mine),
         )
     known = replace(adapter, targets={k: adapter.targets[k] for k in both})
