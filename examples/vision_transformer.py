@@ -371,7 +371,6 @@ def test(settings: Settings, data: Data, out: Path, console: Console) -> dict[st
     for label in range(CLASSES):
         of_class = data.test_labels == label
         table.add_row(str(label), *(f"{h[of_class].mean():.1%}" for h in columns.values()))
-    table.add_section()
     table.add_row("all", *(f"{h.mean():.1%}" for h in columns.values()))
     console.print(table)
     return {"accuracy": columns["as trained"].mean().item(), "settings": asdict(settings)}

@@ -56,6 +56,7 @@ def verify(
         NoAdapterError: no such adapter.
         NoMatchError: a pattern of `besides` matches nothing.
         OptionError: steps, lr or max_percent out of range, or a loss that is no scalar.
+        ModelError: the model is on the meta device.
 
     Example:
         >>> import torch, lora_param as lp

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_param.errors import NoAdapterError, OptionError
+from lora_param.errors import ModelError, NoAdapterError, OptionError
 from lora_param.model.sites import Patterns, own_sites, sites, unwrapped
 from lora_param.model.snapshot import Snapshot
 from lora_param.model.switching import disabled
@@ -65,6 +65,8 @@ def try_out(
     found = own_sites(sites(inner, adapter))
     if not found:
         raise NoAdapterError(adapter, [])
+    if any(p.is_meta for p in inner.parameters()):
+        raise ModelError("the model is on the meta device and has no values: it cannot train.")
     off = {s.key for s in found if not s.lora.enabled}
     factors = {f"{s.key}.{n}": p for s in found for n, p in s.lora.named_parameters()}
     others = {id(p) for s in sites(inner) for p in s.lora.parameters()}

@@ -15,7 +15,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lora_param as lp
-from lora_param.errors import NoAdapterError, NoMatchError, OptionError, VerificationError
+from lora_param.errors import (
+    ModelError,
+    NoAdapterError,
+    NoMatchError,
+    OptionError,
+    VerificationError,
+)
 
 
 class Net(nn.Module):
@@ -325,3 +331,5 @@ def test_wrong_arguments_are_refused() -> None:
         lp.verify(model, loss, adapter="other")
     with pytest.raises(NoAdapterError):
         lp.verify(Net(), loss)
+    with pytest.raises(ModelError, match="meta"):
+        lp.verify(net().to("meta"), loss)
