@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from lora_param.model.switching import disabled as disabled
     from lora_param.model.switching import set_scale as set_scale
     from lora_param.report.rows import Stats as Stats
+    from lora_param.report.verification import Verification as Verification
     from lora_param.targets.plan import Plan as Plan
+    from lora_param.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -59,6 +61,7 @@ _HOMES = {
     "Plan": "targets.plan",
     "Stats": "report.rows",
     "UserError": "errors",
+    "Verification": "report.verification",
     "apply": "model.adapters",
     "apply_checkpoint": "api",
     "attach": "model.adapters",
@@ -80,6 +83,7 @@ _HOMES = {
     "save": "api",
     "set_scale": "model.switching",
     "stats": "api",
+    "verify": "verification",
     "write_adapter": "formats",
 }
 

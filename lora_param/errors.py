@@ -13,7 +13,8 @@
     │   │   └── TiedWeightsError      one side of a tied pair
     │   ├── ModelError                a live model in the wrong state
     │   │   ├── ComputedWeightError   writing into a weight that is computed
-    │   │   └── WrappedModelError     attaching behind a distributed wrapper
+    │   │   ├── WrappedModelError     attaching behind a distributed wrapper
+    │   │   └── VerificationError     an adapter that does not train as it should
     │   ├── AdapterError              an adapter, or its fit to a base
     │   │   ├── NoAdapterError        no adapter of that name
     │   │   ├── AdapterExistsError    a second adapter of the same name
@@ -36,7 +37,7 @@ are one file, however long, so that the tree and the wording are seen together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "AdapterError",
@@ -67,6 +68,7 @@ __all__ = [
     "UnsafePickleError",
     "UnsuitableWeightError",
     "UserError",
+    "VerificationError",
     "WrappedModelError",
 ]
 
@@ -204,6 +206,24 @@ class WrappedModelError(ModelError):
             f"the model is already wrapped by {wrapper}, which would not see the new factors. "
             f"Apply LoRA first, then wrap."
         )
+
+
+class VerificationError(ModelError):
+    """An adapter that does not train as it should.
+
+    Attributes:
+        failures: names of the checks that failed.
+    """
+
+    def __init__(
+        self, failures: Mapping[str, tuple[str, str, Sequence[str]]], checked: int
+    ) -> None:
+        told = [
+            f"{check}: {found}, expected {expected}" + (f" ({listed(names)})" if names else "")
+            for check, (found, expected, names) in failures.items()
+        ]
+        super().__init__(f"{len(failures)} of {checked} checks failed: {'; '.join(told)}.")
+        self.failures = tuple(failures)
 
 
 # --- adapters ---------------------------------------------------------------------------------

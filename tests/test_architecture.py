@@ -30,9 +30,12 @@ ORDER = [
     "model.adapters",
     "model.switching",
     "model.state",
+    "model.snapshot",
+    "model.trial",
     "checkpoint",
     "formats",
     "report",
+    "verification",
     "api",
     "demo",
     "cli",
@@ -133,6 +136,7 @@ def test_the_public_names_are_these() -> None:
         "Plan",
         "Stats",
         "UserError",
+        "Verification",
         "__version__",
         "apply",
         "apply_checkpoint",
@@ -155,6 +159,7 @@ def test_the_public_names_are_these() -> None:
         "save",
         "set_scale",
         "stats",
+        "verify",
         "write_adapter",
     }
 

@@ -32,6 +32,7 @@ def test_the_blocks_run_in_order(here: Path, capsys: pytest.CaptureFixture[str])
         exec(compile(body, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
     assert "trainable 6,794 of 2,807,010 (0.24 %)" in printed
+    assert "Sequential: 6 of 6 checks passed" in printed
     assert "['blocks.0.in_proj_weight[0:64]', 'blocks.0.in_proj_weight[128:192]'] 1536" in printed
     shell = [line for body in blocks("sh") for line in body.splitlines() if not SET_UP.match(line)]
     assert len(shell) >= 5

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_param.adapter import Adapter, AdapterTarget, check_fit
-from lora_param.errors import MismatchError
+from lora_param.errors import MismatchError, listed
 from lora_param.fingerprint import BaseWeight, tensor_base_weight
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensors, own_sites, sites, unwrapped
@@ -74,20 +74,19 @@ def load_into(
     unexpected = [k for k in adapter.targets if k not in mine]
     both = [k for k in adapter.targets if k in mine]
     factors = {k: adapter.factors(k) for k in both}
-    shapes: list[str] = []
-    fitting = 0
+    differing: dict[str, list[str]] = {}
     for k in both:
-        problems = _differences(k, adapter.targets[k], factors[k], mine[k].lora)
-        shapes += problems
-        fitting += not problems
-    if shapes or (strict and (missing or unexpected)) or not both:
+        told = _difference(adapter.targets[k], factors[k], mine[k].lora)
+        if told:
+            differing.setdefault(told, []).append(k)
+    if differing or (strict and (missing or unexpected)) or not both:
         raise MismatchError(
             adapter.source,
             f"the adapter {name!r} of the model",
             missing=missing,
             unexpected=unexpected,
-            shapes=shapes,
-            matched=fitting,
+            shapes=[f"{told}, of {listed(keys, 2)}" for told, keys in differing.items()],
+            matched=len(both) - sum(map(len, differing.values())),
             wanted=len(mine),
         )
     known = replace(adapter, targets={k: adapter.targets[k] for k in both})
@@ -105,15 +104,16 @@ def load_into(
         lora.copy_factors(factors[key])
 
 
-def _differences(
-    key: str, target: AdapterTarget, factors: dict[str, Tensor], lora: LoRA
-) -> list[str]:
-    """Why a target of a record cannot be written over one on the model."""
-    theirs, own = target.settings.variant, lora.settings.variant
-    if theirs != own:
-        return [f"{key} is of variant {theirs} in the file, {own} here"]
-    return [
-        f"{key}.{n} is {tuple(t.shape)} in the file, {tuple(getattr(lora, n).shape)} here"
-        for n, t in factors.items()
-        if not n.startswith("initial_") and t.shape != getattr(lora, n).shape
-    ]
+def _difference(target: AdapterTarget, factors: dict[str, Tensor], lora: LoRA) -> str | None:
+    """Why a target of a record cannot be written over one on the model, or None."""
+    theirs, own = target.settings, lora.settings
+    if theirs.variant != own.variant:
+        return f"variant {theirs.variant} in the file, {own.variant} here"
+    if theirs.rank != own.rank:
+        return f"rank {theirs.rank} in the file, {own.rank} here"
+    for name, tensor in factors.items():
+        shape = tuple(tensor.shape)
+        mine = getattr(lora, name)
+        if not name.startswith("initial_") and shape != tuple(mine.shape):
+            return f"{name} is {shape} in the file, {tuple(mine.shape)} here"
+    return None

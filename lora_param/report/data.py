@@ -1,4 +1,4 @@
-"""What there is to say about weights and targets, as plain data. Needs neither torch nor Rich.
+"""What there is to say about weights, targets and checks, as plain data: neither torch nor Rich.
 
 `rows.Stats` is this data with the ability to print itself; what prints it imports this file alone.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-__all__ = ["StatsData", "TargetRow", "WeightRow"]
+__all__ = ["Check", "StatsData", "TargetRow", "WeightRow"]
 
 
 @dataclass(frozen=True)
@@ -186,4 +186,33 @@ class StatsData:
             "rows": [row.to_dict(singular_values=singular_values) for row in self.rows],
             "weights": [row.to_dict() for row in self.weights],
             "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: "share", "frozen", "gradients", "loss", "unchanged" or "disabled".
+        found: what was seen, in words.
+        expected: what should have been.
+        passed: they agree.
+        failed: name of what failed → why, where it can be named.
+    """
+
+    name: str
+    found: str
+    expected: str
+    passed: bool
+    failed: dict[str, str]
+
+    def to_dict(self) -> dict[str, object]:
+        """The check as plain data, for JSON."""
+        return {
+            "name": self.name,
+            "found": self.found,
+            "expected": self.expected,
+            "passed": self.passed,
+            "failed": dict(self.failed),
         }
