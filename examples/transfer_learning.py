@@ -1,15 +1,17 @@
 """Three kinds of garment told apart: LoRA in dense heads, and in a pretrained net's convolutions.
 
-First a small CNN from scratch whose dense layers train as LoRA factors alone. Then a net pretrained
-on ImageNet, four ways: everything trains, a plain head, a LoRA head, or LoRA in the convolutions as
-well. Shown are the parameters trained, the memory for gradients and optimizer state, the files to
-keep, and the accuracy. The knobs to turn are the ranks in HEAD and CONVOLUTIONS.
+First a small CNN from scratch, its dense layers trained as LoRA factors alone. Then a net that was
+pretrained on ImageNet, four ways: everything trains, a plain head, a LoRA head, or LoRA in the
+convolutions as well. Shown are the parameters trained, the memory for gradients and optimizer
+state, the files to keep, and the accuracy. The knobs are the ranks in HEAD and CONVOLUTIONS.
 
     python examples/transfer_learning.py --quick
 
-The images are pullover, coat and shirt of Fashion-MNIST, or the digits 3, 5 and 8 where it is not
-installed. Normalisation layers stay in evaluation mode throughout: their running statistics are
-buffers, which no adapter holds, so if training moved them, disabling would not give the base back.
+A LoRA head is made of new layers that keep their random W: what trains is an update of low rank. W
+is made again from the seed, and not kept; an adapter is refused on another.
+
+Normalisation layers stay in evaluation mode throughout: their running statistics are buffers, which
+no adapter holds, so if training moved them, disabling would not give the base back.
 """
 
 from __future__ import annotations
