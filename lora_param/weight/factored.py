@@ -277,13 +277,13 @@ class _Linear(torch.autograd.Function):
             part_g, part_x = _of_output(g, u), _of_input(x2, u)
             dA = dB = None
             if needs_A or (needs_x and not built):
-                Bg = (B.t() @ part_g.t()).mul_(_scale(u))  # (r, T)
+                Bg = B.t() @ part_g.t()  # (r, T)
                 into = None if dx is None or built else _of_input(dx, u)
-                dA = _through_A(Bg, A, part_x, into, bits, needs_A)
+                dA = _through_A(Bg, A, part_x, into, bits, _scale(u), needs_A)
             if needs_B:
                 if Ax is None or again:
                     Ax = _down(part_x, A, bits)
-                dB = (Ax @ part_g).mul_(_scale(u)).t()  # (m, r)
+                dB = _product(Ax, part_g, B.t(), _scale(u)).t()  # (m, r)
             grads += [dA, dB]
         dW = g.t() @ x2 if needs_W else None  # (m, n)
         if dx is not None:
@@ -304,19 +304,26 @@ def _column_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([(x * y).sum(0, dtype=wide) for x, y in parts]).sum(0)
 
 
+def _product(a: Tensor, b: Tensor, like: Tensor, scale: float) -> Tensor:
+    """scale·(a @ b), of the shape of `like`, which is not read; in one pass."""
+    return torch.addmm(like, a, b, beta=0, alpha=scale)
+
+
 def _through_A(
     Bg: Tensor,
     A: Tensor,
     x: Tensor,
     dx: Tensor | None,
     bits: Tensor | None,
+    scale: float,
     needs_A: bool,
 ) -> Tensor | None:
-    """dA = Bg x, and Bgᵀ A added to dx, both under the mask of dropout. Bg (r, T), scaled."""
+    """dA = scale·Bg x, and scale·Bgᵀ A added to dx, both under the mask of dropout. Bg (r, T)."""
     if bits is None:
         if dx is not None:
-            dx.addmm_(Bg.t(), A)
-        return Bg @ x if needs_A else None  # (r, n)
+            dx.addmm_(Bg.t(), A, alpha=scale)
+        return _product(Bg, x, A, scale) if needs_A else None  # (r, n)
+    Bg = Bg * scale
     dA, block = torch.zeros_like(A) if needs_A else None, None
     for rows, mask in masked_blocks(x, bits):
         part = Bg[:, rows]
