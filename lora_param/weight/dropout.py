@@ -6,16 +6,18 @@ and the input is masked block by block as it is used.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["draw_bits", "keep_probability", "masked_blocks"]
+__all__ = ["draw_bits", "keep_probability", "masks"]
 
 _LEVELS = 1 << 16  # resolution of the probability
 _BLOCK = 1 << 20  # elements masked at a time on a CPU: what is kept of them is a few megabytes
+_local = threading.local()
 
 
 def keep_probability(p: float) -> float:
@@ -41,8 +43,7 @@ def draw_bits(rows: int, columns: int, p: float, device: torch.device) -> Tensor
         keep = torch.rand(count, device=device) >= dropped / _LEVELS
         shifts = torch.arange(7, -1, -1, device=device, dtype=torch.uint8)
         return (keep.view(-1, 8).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
-    seed = int(torch.randint(1 << 62, ()).item())
-    generator = np.random.SFC64(seed)
+    generator = _seeded()
     step = _rows_in_block(rows, columns, device) * columns
     packed = []
     for start in range(0, rows * columns, step):
@@ -52,22 +53,36 @@ def draw_bits(rows: int, columns: int, p: float, device: torch.device) -> Tensor
     return torch.from_numpy(packed[0] if len(packed) == 1 else np.concatenate(packed))
 
 
-def masked_blocks(x: Tensor, bits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of x in blocks, with a mask of ones and zeros for each block. (rows, columns)
+def _seeded() -> np.random.SFC64:
+    """This thread's bit generator, in a state drawn from torch's: cheaper than a new one."""
+    generator: np.random.SFC64 | None = getattr(_local, "generator", None)
+    if generator is None:
+        generator = _local.generator = np.random.SFC64()
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (4,)).numpy().view(np.uint64)
+    generator.state = {
+        "bit_generator": "SFC64",
+        "state": {"state": words},
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return generator
+
+
+def masks(x: Tensor, bits: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Ones and zeros for the elements of x, block by block of rows: first row, (rows, columns).
 
     Args:
-        x: input of shape (rows, columns), to whose device the masks go.
+        x: input of shape (rows, columns), whose dtype and device the masks have.
         bits: what `draw_bits` gave for that shape.
     """
     rows, columns = x.shape
     step = _rows_in_block(rows, columns, x.device)
     for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        count = (stop - start) * columns
-        part = bits[start * columns // 8 :]
+        count = min(step, rows - start)
+        part = bits if start == 0 else bits[start * columns // 8 :]
         if x.device.type == "cpu":
-            keep = torch.from_numpy(np.unpackbits(part.numpy(), count=count))
+            keep = torch.from_numpy(np.unpackbits(part.numpy(), count=count * columns))
         else:
             shifts = torch.arange(7, -1, -1, device=x.device, dtype=torch.uint8)
-            keep = (part[:, None] >> shifts).bitwise_and_(1).view(-1)[:count]
-        yield slice(start, stop), keep.view(stop - start, columns)
+            keep = (part[:, None] >> shifts).bitwise_and_(1).view(-1)[: count * columns]
+        yield start, keep.to(x.dtype).view(count, columns)

@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_param.weight.dropout import draw_bits, keep_probability, masked_blocks
+from lora_param.weight.dropout import draw_bits, keep_probability, masks
 from lora_param.weight.update import Update
 
 __all__ = ["composed_linear", "factored_linear"]
 
 _SCRATCH = 64 << 20  # bytes; the most that a thread keeps for building
-_SMALL = 1 << 17  # elements of x, up to which autograd's own operations are quicker
 _CACHED = 1 << 16  # elements of a product that stay in a core's cache
 _local = threading.local()
 
@@ -69,14 +68,10 @@ def factored_linear(
     grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, W, *factors, *(() if alpha is None else (alpha,)))
     )
-    if grad and (x.numel() > _SMALL or any(u.dropout for u in updates)):
+    if grad:
         return cast(Tensor, _Linear.apply(x, W, bias, alpha, updates, *factors))  # type: ignore[no-untyped-call]
     rows = x if x.dim() == 2 else x.reshape(-1, W.shape[1])
-    y = (
-        _add_each(rows, W, bias, alpha, updates, factors)
-        if grad
-        else _forward(rows, W, bias, alpha, updates, factors, None)
-    )
+    y = _forward(rows, W, bias, alpha, updates, factors, None)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
 
 
@@ -85,25 +80,6 @@ def _rescale(y: Tensor, bias: Tensor | None, alpha: Tensor) -> Tensor:
     wide = alpha if bias is None else alpha.to(torch.promote_types(alpha.dtype, bias.dtype))
     z = y * wide if bias is None else torch.addcmul(bias - wide * bias, y.to(wide.dtype), wide)
     return z.to(y.dtype)
-
-
-def _add_each(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    alpha: Tensor | None,
-    updates: Sequence[Update],
-    factors: Sequence[Tensor],
-) -> Tensor:
-    """y for x (T, n) by operations that autograd records: for few rows, where the time that a
-    backward of our own takes to be called is more than what it saves."""
-    y = F.linear(x, W, bias)  # (T, m)
-    if alpha is not None:
-        y = _rescale(y, bias, alpha)
-    for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
-        h = F.linear(_of_input(x, u), A)  # (T, r)
-        _of_output(y, u).addmm_(h, B.t(), alpha=u.scale)
-    return y
 
 
 def composed_linear(
@@ -136,9 +112,9 @@ def _prefers_built(W: Tensor, rows: int, other: int, updates: Sequence[Update]) 
     Both are bound by memory: building reads and writes m × n elements, adding to an output reads
     and writes rows × m. Low precisions are never built: W + ΔW would be rounded.
     """
-    if W.dtype not in (torch.float32, torch.float64) or any(u.dropout for u in updates):
+    if rows <= other or W.dtype not in (torch.float32, torch.float64):
         return False
-    return rows > other
+    return not any(u.dropout for u in updates)
 
 
 def _build(
@@ -212,18 +188,13 @@ def _down(x: Tensor, A: Tensor, bits: Tensor | None) -> Tensor:
     """A xᵀ, or that of x with its dropped elements zero. (r, T)"""
     if bits is None:
         return A @ x.t()
-    if torch.is_grad_enabled():
-        return torch.cat([A @ (x[rows] * mask).t() for rows, mask in masked_blocks(x, bits)], 1)
-    Ax, masked = x.new_empty(A.shape[0], x.shape[0]), None
-    for rows, mask in masked_blocks(x, bits):
-        masked = _buffer(masked, mask, x)
-        torch.mm(A, torch.mul(x[rows], mask, out=masked).t(), out=Ax[:, rows])
-    return Ax
+    parts = [A @ (_rows(x, i, mask) * mask).t() for i, mask in masks(x, bits)]  # (r, rows) each
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _buffer(last: Tensor | None, mask: Tensor, like: Tensor) -> Tensor:
-    """Room for one masked block: the last block's where the shape is the same."""
-    return last if last is not None and last.shape == mask.shape else like.new_empty(mask.shape)
+def _rows(t: Tensor, start: int, mask: Tensor) -> Tensor:
+    """The rows of t that a mask is for: a view."""
+    return t.narrow(0, start, mask.shape[0])
 
 
 class _Linear(torch.autograd.Function):
@@ -323,18 +294,11 @@ def _through_A(
         if dx is not None:
             dx.addmm_(Bg.t(), A, alpha=scale)
         return _product(Bg, x, A, scale) if needs_A else None  # (r, n)
-    Bg = Bg * scale
-    dA, block = torch.zeros_like(A) if needs_A else None, None
-    for rows, mask in masked_blocks(x, bits):
-        part = Bg[:, rows]
-        if torch.is_grad_enabled():
-            dA = None if dA is None else dA.addmm_(part, x[rows] * mask)
-            if dx is not None:
-                dx[rows].add_((part.t() @ A) * mask)
-            continue
-        block = _buffer(block, mask, x)
+    dA = torch.zeros_like(A) if needs_A else None
+    for start, mask in masks(x, bits):
+        part = Bg.narrow(1, start, mask.shape[0])  # (r, rows)
         if dA is not None:
-            dA.addmm_(part, torch.mul(x[rows], mask, out=block))
+            dA.addmm_(part, _rows(x, start, mask) * mask, alpha=scale)
         if dx is not None:
-            dx[rows].add_(torch.mm(part.t(), A, out=block).mul_(mask))
+            _rows(dx, start, mask).addcmul_(part.t() @ A, mask, value=scale)
     return dA

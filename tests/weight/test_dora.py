@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 import lora_param as lp
 from lora_param.errors import MismatchError
-from lora_param.weight import factored
 from lora_param.weight.dora import row_norms, row_ratios, row_squares
 from lora_param.weight.rescaled import rescaled
 from lora_param.weight.update import Update
@@ -49,12 +48,6 @@ def parts(linear: nn.Module) -> list[Tensor]:
     return [getattr(lora, name) for name in NAMES]
 
 
-@pytest.fixture(params=["own backward", "autograd's"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factored, "_SMALL", -1 if request.param == "own backward" else 1 << 30)
-
-
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("bias", [True, False])
 def test_value_and_gradients(rows: int, bias: bool) -> None:
@@ -72,7 +65,6 @@ def test_value_and_gradients(rows: int, bias: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.usefixtures("way")
 def test_first_and_second_derivatives() -> None:
     linear = layer(3, 4)
     linear.bias.requires_grad_()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,16 +13,9 @@ from torch import Tensor
 
 from lora_param.targets.regions import WHOLE, Region
 from lora_param.weight import factored
-from lora_param.weight.dropout import draw_bits, keep_probability, masked_blocks
+from lora_param.weight.dropout import draw_bits, keep_probability, masks
 from lora_param.weight.factored import composed_linear, factored_linear
 from lora_param.weight.update import Update, merge
-
-
-@pytest.fixture(autouse=True, params=[0, 1 << 17], ids=["own backward", "autograd's"])
-def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Inputs of these sizes go through our backward, and through autograd's."""
-    monkeypatch.setattr(factored, "_SMALL", request.param)
-    return int(request.param)
 
 
 def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -103,7 +98,6 @@ def test_gradcheck_once_and_twice(rows: int, region: Region) -> None:
 def test_both_orders_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
     build = factored._build
-    monkeypatch.setattr(factored, "_SMALL", 0)
     monkeypatch.setattr(factored, "_build", lambda *a: built.append(1) or build(*a))
     for rows, expected in ((2, 0), (20, 2)):
         built.clear()
@@ -154,10 +148,11 @@ def test_dropout_draws_what_it_says() -> None:
             bits = draw_bits(rows, columns, p, x.device)
             assert bits.dtype == torch.uint8
             assert bits.numel() <= rows * columns / 8 + 1 + rows
-            blocks = list(masked_blocks(x, bits))
+            blocks = list(masks(x, bits))
             mask = torch.cat([m for _, m in blocks])
             assert mask.shape == x.shape
-            assert [s.start for s, _ in blocks] == [0, *(s.stop for s, _ in blocks[:-1])]
+            stops = itertools.accumulate(len(m) for _, m in blocks)
+            assert [start for start, _ in blocks] == [0, *list(stops)[:-1]]
             assert set(mask.unique().tolist()) <= {0, 1}
             if rows * columns > 100_000:
                 deviation = (keep_probability(p) * (1 - keep_probability(p)) / mask.numel()) ** 0.5
@@ -183,7 +178,7 @@ def test_dropout_is_the_same_forward_and_backward(shape: tuple[int, ...]) -> Non
     torch.manual_seed(seed)
     flat = x.reshape(-1, n)
     bits = draw_bits(flat.shape[0], n, p, x.device)
-    mask = torch.cat([m for _, m in masked_blocks(flat, bits)]).view(shape) / keep_probability(p)
+    mask = torch.cat([m for _, m in masks(flat, bits)]).view(shape) / keep_probability(p)
     plain = F.linear(x, W) + 0.7 * F.linear(F.linear(x * mask, A), B)
     torch.testing.assert_close(y, plain)
     expected = torch.autograd.grad(plain.square().mean(), (x, W, A, B))
