@@ -10,12 +10,10 @@ As with every variant, ΔW is what is added to W, here W' - W, and a strength mu
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
-__all__ = ["decomposed_delta", "row_norms", "row_ratios", "row_squares"]
+__all__ = ["decomposed_delta", "row_cross", "row_norms", "row_ratios", "row_squares"]
 
 
 def row_squares(matrix: Tensor) -> Tensor:
@@ -44,8 +42,15 @@ def decomposed_delta(W: Tensor, delta: Tensor, magnitude: Tensor, strength: floa
     return (V * ratio.unsqueeze(-1) - W) * strength
 
 
+def row_cross(W: Tensor, A: Tensor) -> Tensor:
+    """W Aᵀ, computed in the dtype that W has and given in that of A. (m, n), (r, n) → (m, r)"""
+    A_like = A.to(W.dtype)
+    tall = W.shape[0] >= W.shape[1]  # the quicker orientation on a CPU
+    return (W @ A_like.t() if tall else (A_like @ W.t()).t()).to(A.dtype)
+
+
 def row_ratios(
-    W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float, squares: Tensor | None = None
+    W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float, squares: Tensor
 ) -> Tensor:
     """m / ‖W + scale·(B @ A)‖ by rows, without forming that matrix. (m,)
 
@@ -57,57 +62,10 @@ def row_ratios(
         B: factor of shape (m, r).
         magnitude: shape (m,).
         scale: what multiplies B @ A.
-        squares: `row_squares(W)` where it is known. (m,)
+        squares: `row_squares(W)`. (m,)
 
     Returns:
         In the dtype of the factors.
     """
-    if squares is None:
-        squares = row_squares(W.to(A.dtype))
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        cross = _cross(W, A)  # (m, r)
-        moved = cross + (B @ (A @ A.t())) * (scale / 2)  # (m, r)
-        return magnitude / row_norms(squares + (moved * B).sum(-1) * (2 * scale))
-    return cast(Tensor, _Ratios.apply(W, A, B, magnitude, scale, squares))  # type: ignore[no-untyped-call]
-
-
-def _cross(W: Tensor, A: Tensor) -> Tensor:
-    """W Aᵀ, in the dtype that W has and then in that of A. (m, r)"""
-    return (W @ A.to(W.dtype).t()).to(A.dtype)
-
-
-class _Ratios(torch.autograd.Function):
-    """m / ‖V‖: with P = W Aᵀ and G = A Aᵀ, half the derivative of ‖V‖² by B is scale·(P + s·B G),
-    and by A it is scale·Bᵀ V."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float, squares: Tensor
-    ) -> Tensor:
-        cross, gram = _cross(W, A), A @ A.t()  # (m, r), (r, r)
-        slope = torch.addmm(cross, B, gram, alpha=scale)  # (m, r): P + s·B G
-        # ‖V‖² = ‖W‖² + s·rowsum(B ∘ (P + (P + s·B G)))
-        total = torch.add(squares, cross.add_(slope).mul_(B).sum(-1), alpha=scale)
-        norms = total.clamp_min_(torch.finfo(total.dtype).tiny).sqrt_()  # (m,)
-        ratios = magnitude / norms
-        ctx.scale = scale
-        ctx.save_for_backward(W, A, B, magnitude, slope, norms, squares)
-        return ratios
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        W, A, B, magnitude, slope, norms, squares = ctx.saved_tensors
-        scale: float = ctx.scale
-        if torch.is_grad_enabled():  # a graph of this backward: from what has a graph itself
-            slope = torch.addmm(_cross(W, A), B, A @ A.t(), alpha=scale)
-            again = (_cross(W, A) + slope).mul(B).sum(-1)
-            norms = row_norms(squares + again * scale)
-        of_magnitude = grad / norms  # (m,)
-        weight = (of_magnitude * magnitude / (norms * norms)).mul(-scale).unsqueeze(-1)  # (m, 1)
-        dB = weight * slope if ctx.needs_input_grad[2] else None  # (m, r)
-        dA: Tensor | None = None
-        if ctx.needs_input_grad[1]:
-            weighted = (weight * B).t()  # (r, m)
-            dA = (weighted.to(W.dtype) @ W).to(A.dtype)  # (r, n)
-            dA = torch.addmm(dA, weighted @ B, A, alpha=scale)
-        return None, dA, dB, of_magnitude, None, None
+    moved = row_cross(W, A) + (B @ (A @ A.t())) * (scale / 2)  # (m, r)
+    return magnitude / row_norms(squares + (moved * B).sum(-1) * (2 * scale))

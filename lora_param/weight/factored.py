@@ -1,4 +1,4 @@
-"""x (α ∘ W + ΔW)ᵀ from W and the factors, with a backward of its own.
+"""x (W + ΔW)ᵀ from W and the factors, with a backward of its own.
 
 What autograd would do with x Wᵀ + scale·(x Aᵀ) Bᵀ is right but wasteful: it adds whole activations
 together and keeps what dropout made. Here every product accumulates in place, no m × n matrix is
@@ -25,10 +25,10 @@ from torch import Tensor
 from lora_param.weight.dropout import draw_bits, keep_probability, masks
 from lora_param.weight.update import Update
 
-__all__ = ["composed_linear", "factored_linear"]
+__all__ = ["composed_linear", "down", "factored_linear", "own_scale", "prefers_built", "rescale"]
+__all__ += ["scaled_product", "scratch", "through_A"]
 
 _SCRATCH = 64 << 20  # bytes; the most that a thread keeps for building
-_CACHED = 1 << 16  # elements of a product that stay in a core's cache
 _local = threading.local()
 
 
@@ -42,21 +42,14 @@ def _of_input(x: Tensor, u: Update) -> Tensor:
     return x if u.region.columns is None else x[:, slice(*u.region.columns)]
 
 
-def factored_linear(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    updates: Sequence[Update],
-    alpha: Tensor | None = None,
-) -> Tensor:
-    """x (α ∘ W + ΔW)ᵀ + bias.
+def factored_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
+    """x (W + ΔW)ᵀ + bias.
 
     Args:
         x: input of shape (*, n).
         W: weight of shape (m, n).
         bias: shape (m,), or None.
         updates: what is added to W; their factors are cast to x's dtype.
-        alpha: what multiplies each row of W first, (m,); None for 1. W is frozen where it is given.
 
     Returns:
         Shape (*, m).
@@ -65,21 +58,11 @@ def factored_linear(
     factors: list[Tensor] = []
     for u in updates:
         factors += (u.A, u.B) if u.A.dtype == dtype else (u.A.to(dtype), u.B.to(dtype))
-    grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, W, *factors, *(() if alpha is None else (alpha,)))
-    )
-    if grad:
-        return cast(Tensor, _Linear.apply(x, W, bias, alpha, updates, *factors))  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *factors)):
+        return cast(Tensor, _Linear.apply(x, W, bias, updates, *factors))  # type: ignore[no-untyped-call]
     rows = x if x.dim() == 2 else x.reshape(-1, W.shape[1])
-    y = _forward(rows, W, bias, alpha, updates, factors, None)
+    y = _forward(rows, W, bias, updates, factors, None)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
-
-
-def _rescale(y: Tensor, bias: Tensor | None, alpha: Tensor) -> Tensor:
-    """α ∘ (y - b) + b for y (T, m), which is y itself, bit for bit, where α is 1."""
-    wide = alpha if bias is None else alpha.to(torch.promote_types(alpha.dtype, bias.dtype))
-    z = y * wide if bias is None else torch.addcmul(bias - wide * bias, y.to(wide.dtype), wide)
-    return z.to(y.dtype)
 
 
 def composed_linear(
@@ -89,10 +72,13 @@ def composed_linear(
     updates: Sequence[Update],
     alpha: Tensor | None = None,
 ) -> Tensor:
-    """The same out of torch's own operations, for tracing and for function transforms."""
+    """x (α ∘ W + ΔW)ᵀ + bias out of torch's own operations, for tracing and function transforms.
+
+    α (m,) multiplies the rows of W first; None is 1.
+    """
     y = F.linear(x, W, bias)  # (*, m)
     if alpha is not None:
-        y = _rescale(y, bias, alpha)
+        y = rescale(y, bias, alpha)
     for u in updates:
         part = x if u.region.columns is None else x[..., slice(*u.region.columns)]
         if u.dropout:
@@ -106,7 +92,14 @@ def composed_linear(
     return y
 
 
-def _prefers_built(W: Tensor, rows: int, other: int, updates: Sequence[Update]) -> bool:
+def rescale(y: Tensor, bias: Tensor | None, alpha: Tensor) -> Tensor:
+    """α ∘ (y - b) + b for y (T, m), which is y itself, bit for bit, where α is 1."""
+    wide = alpha if bias is None else alpha.to(torch.promote_types(alpha.dtype, bias.dtype))
+    z = y * wide if bias is None else torch.addcmul(bias - wide * bias, y.to(wide.dtype), wide)
+    return z.to(y.dtype)
+
+
+def prefers_built(W: Tensor, rows: int, other: int, updates: Sequence[Update]) -> bool:
     """Building W + ΔW is cheaper than `rows` skinny products whose output is (rows, other).
 
     Both are bound by memory: building reads and writes m × n elements, adding to an output reads
@@ -117,27 +110,22 @@ def _prefers_built(W: Tensor, rows: int, other: int, updates: Sequence[Update]) 
     return not any(u.dropout for u in updates)
 
 
-def _build(
-    W: Tensor, alpha: Tensor | None, updates: Sequence[Update], factors: Sequence[Tensor]
-) -> Tensor:
-    """α ∘ W + ΔW, valid until this thread builds the next one. (m, n)"""
-    built = _scratch(W)
-    if alpha is not None:
-        torch.mul(W, alpha.unsqueeze(-1), out=built)
-    elif len(updates) == 1 and updates[0].region.is_whole:
+def _build(W: Tensor, updates: Sequence[Update], factors: Sequence[Tensor]) -> Tensor:
+    """W + ΔW, valid until this thread builds the next one. (m, n)"""
+    built = scratch(W)
+    if len(updates) == 1 and updates[0].region.is_whole:
         return torch.addmm(W, factors[1], factors[0], alpha=updates[0].scale, out=built)
-    else:
-        built.copy_(W)
+    built.copy_(W)
     for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
         built[u.region.index].addmm_(B, A, alpha=u.scale)
     return built
 
 
-def _scratch(W: Tensor) -> Tensor:
+def scratch(W: Tensor) -> Tensor:
     """A buffer like W, on a CPU one that a thread uses again: fresh memory costs more to touch
     than the build does. Large weights get memory of their own, which is given back."""
     if W.dim() == 2 and not W.is_contiguous() and W.t().is_contiguous():
-        return _scratch(W.t()).t()
+        return scratch(W.t()).t()
     count = W.numel() * W.element_size()
     if W.device.type != "cpu" or not W.is_contiguous() or count > _SCRATCH:
         return torch.empty_like(W)
@@ -151,40 +139,33 @@ def _forward(
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
-    alpha: Tensor | None,
     updates: Sequence[Update],
     factors: Sequence[Tensor],
     kept: list[Tensor | None] | None,
 ) -> Tensor:
-    """y for x (T, n). `kept` is given, for backward, x Wᵀ + b where there is an α, and for each
-    update x Aᵀ and the bits of dropout."""
-    rescales = alpha is not None and kept is not None  # backward asks for y before it
-    if not rescales and _prefers_built(W, x.shape[0], W.shape[1], updates):
+    """y for x (T, n). `kept` is given, for backward, A xᵀ and the bits of dropout of each."""
+    if prefers_built(W, x.shape[0], W.shape[1], updates):
         if kept is not None:
-            kept += [None] * (1 + 2 * len(updates))
-        return F.linear(x, _build(W, alpha, updates, factors), bias)
+            kept += [None, None] * len(updates)
+        return F.linear(x, _build(W, updates, factors), bias)
     y = F.linear(x, W, bias)  # (T, m)
-    if kept is not None:
-        kept.append(y if rescales else None)
-    if alpha is not None:
-        y = _rescale(y, bias, alpha)
     for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
         part_x, bits = _of_input(x, u), None
         if u.dropout:
             bits = draw_bits(part_x.shape[0], part_x.shape[1], u.dropout, x.device)
-        Ax = _down(part_x, A, bits)  # (r, T)
-        _of_output(y, u).addmm_(Ax.t(), B.t(), alpha=_scale(u))
+        Ax = down(part_x, A, bits)  # (r, T)
+        _of_output(y, u).addmm_(Ax.t(), B.t(), alpha=own_scale(u))
         if kept is not None:
             kept += [Ax, bits]
     return y
 
 
-def _scale(u: Update) -> float:
+def own_scale(u: Update) -> float:
     """What multiplies B @ A, and makes up for what dropout takes away."""
     return u.scale / keep_probability(u.dropout) if u.dropout else u.scale
 
 
-def _down(x: Tensor, A: Tensor, bits: Tensor | None) -> Tensor:
+def down(x: Tensor, A: Tensor, bits: Tensor | None) -> Tensor:
     """A xᵀ, or that of x with its dropped elements zero. (r, T)"""
     if bits is None:
         return A @ x.t()
@@ -206,40 +187,29 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         W: Tensor,
         bias: Tensor | None,
-        alpha: Tensor | None,
         updates: Sequence[Update],
         *factors: Tensor,
     ) -> Tensor:
         kept: list[Tensor | None] = []
-        y = _forward(x.reshape(-1, W.shape[1]), W, bias, alpha, updates, factors, kept)
+        y = _forward(x.reshape(-1, W.shape[1]), W, bias, updates, factors, kept)
         ctx.updates = updates
-        ctx.save_for_backward(x, W, bias if alpha is not None else None, alpha, *factors, *kept)
+        ctx.save_for_backward(x, W, *factors, *kept)
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         updates: Sequence[Update] = ctx.updates
-        x, W, bias, alpha, *rest = ctx.saved_tensors
+        x, W, *rest = ctx.saved_tensors
         count = 2 * len(updates)
-        factors, before, kept = rest[:count], rest[count], rest[count + 1 :]
-        needs_x, needs_W, needs_bias, needs_alpha, _, *needs = ctx.needs_input_grad
+        factors, kept = rest[:count], rest[count:]
+        needs_x, needs_W, needs_bias, _, *needs = ctx.needs_input_grad
         x2 = x.reshape(-1, W.shape[1])  # (T, n)
         g = grad.reshape(-1, W.shape[0])  # (T, m)
         again = torch.is_grad_enabled()  # a graph of this backward: nothing may be cut off
-        built = not again and _prefers_built(W, g.shape[0], W.shape[0], updates)
-        dbias = g.sum(0) if needs_bias or (needs_alpha and bias is not None) else None  # (m,)
-        dalpha: Tensor | None = None
-        if needs_alpha:
-            if again:  # from what has a graph itself
-                before = F.linear(x2, W, bias)
-            dalpha = _column_dots(g, before)  # (m,)
-            if bias is not None:
-                dalpha = dalpha - bias * dbias
+        built = not again and prefers_built(W, g.shape[0], W.shape[0], updates)
         dx: Tensor | None = None
-        if needs_x and built:
-            dx = g @ _build(W, alpha, updates, factors)  # (T, n)
-        elif needs_x:
-            dx = (g if alpha is None else (g * alpha).to(g.dtype)) @ W  # (T, n)
+        if needs_x:
+            dx = g @ (_build(W, updates, factors) if built else W)  # (T, n)
         grads: list[Tensor | None] = []
         for i, u in enumerate(updates):
             A, B = factors[2 * i : 2 * i + 2]
@@ -250,37 +220,25 @@ class _Linear(torch.autograd.Function):
             if needs_A or (needs_x and not built):
                 Bg = B.t() @ part_g.t()  # (r, T)
                 into = None if dx is None or built else _of_input(dx, u)
-                dA = _through_A(Bg, A, part_x, into, bits, _scale(u), needs_A)
+                dA = through_A(Bg, A, part_x, into, bits, own_scale(u), needs_A)
             if needs_B:
                 if Ax is None or again:
-                    Ax = _down(part_x, A, bits)
-                dB = _product(Ax, part_g, B.t(), _scale(u)).t()  # (m, r)
+                    Ax = down(part_x, A, bits)
+                dB = scaled_product(Ax, part_g, B.t(), own_scale(u)).t()  # (m, r)
             grads += [dA, dB]
         dW = g.t() @ x2 if needs_W else None  # (m, n)
+        dbias = g.sum(0) if needs_bias else None  # (m,)
         if dx is not None:
             dx = dx.view(x.shape)
-        return dx, dW, dbias if needs_bias else None, dalpha, None, *grads
+        return dx, dW, dbias, None, *grads
 
 
-def _column_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Σ over rows of a ∘ b, in fp32 at least. (T, m), (T, m) → (m,)
-
-    On a CPU in blocks of rows that stay in its cache.
-    """
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if a.device.type != "cpu" or torch.is_grad_enabled():
-        return (a * b).sum(0, dtype=wide)
-    step = max(1, _CACHED // a.shape[1])
-    parts = zip(torch.split(a, step), torch.split(b, step), strict=True)
-    return torch.stack([(x * y).sum(0, dtype=wide) for x, y in parts]).sum(0)
-
-
-def _product(a: Tensor, b: Tensor, like: Tensor, scale: float) -> Tensor:
+def scaled_product(a: Tensor, b: Tensor, like: Tensor, scale: float) -> Tensor:
     """scale·(a @ b), of the shape of `like`, which is not read; in one pass."""
     return torch.addmm(like, a, b, beta=0, alpha=scale)
 
 
-def _through_A(
+def through_A(
     Bg: Tensor,
     A: Tensor,
     x: Tensor,
@@ -293,7 +251,7 @@ def _through_A(
     if bits is None:
         if dx is not None:
             dx.addmm_(Bg.t(), A, alpha=scale)
-        return _product(Bg, x, A, scale) if needs_A else None  # (r, n)
+        return scaled_product(Bg, x, A, scale) if needs_A else None  # (r, n)
     dA = torch.zeros_like(A) if needs_A else None
     for start, mask in masks(x, bits):
         part = Bg.narrow(1, start, mask.shape[0])  # (r, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.update import Update
 
-__all__ = ["add_into", "autocast", "built", "dense_is_cheaper", "factors", "is_lazy", "part"]
+__all__ = [
+    "add_into",
+    "autocast",
+    "built",
+    "dense_is_cheaper",
+    "exact",
+    "factors",
+    "is_lazy",
+    "part",
+]
 __all__ += ["part_of_input", "plain_updates", "stacked_updates", "tracing", "whole"]
 
 
@@ -56,6 +66,12 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
         return t.to(dtype) if eligible and t is not None else t
 
     return [cast(t) for t in tensors]
+
+
+def exact(device: torch.device) -> AbstractContextManager[None]:
+    """Without autocast: for what is to run in the dtype that it has."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def factors(u: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

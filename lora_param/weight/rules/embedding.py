@@ -6,7 +6,6 @@ Dropout has no place here, as there is no input: it is left out, which is what t
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
-from lora_param.weight.rules.common import add_into, factors, is_lazy
+from lora_param.weight.rules.common import add_into, exact, factors, is_lazy
 from lora_param.weight.update import Update
 
 __all__: list[str] = []
@@ -27,12 +26,6 @@ def _is_dense(weight: AdaptedWeight, rows: int) -> bool:
     for each product."""
     low = weight.base.dtype not in (torch.float32, torch.float64)
     return rows > weight.shape[0] and not low
-
-
-def _exact(device: torch.device) -> Any:
-    """Without autocast, to which an embedding does not listen."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def _rows_of_B(ids: Tensor, u: Update, B: Tensor) -> Tensor:
@@ -73,7 +66,7 @@ def embedding(
     padding = None
     if padding_idx is not None and torch.is_grad_enabled():
         padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)  # (*, 1)
-    with _exact(y.device):
+    with exact(y.device):
         for u in weight.updates:
             A, B = factors(u, y.dtype)
             z = _rows_of_B(input, u, B) @ A  # (*, D)
@@ -122,7 +115,7 @@ def embedding_bag(
         )
 
     y = bags(weight.base)  # (bags, D)
-    with _exact(y.device):
+    with exact(y.device):
         for u in weight.updates:
             A, B = factors(u, y.dtype)
             y = add_into(y, bags(B) @ A, u.scale, u.region.columns, -1)  # (bags, D)

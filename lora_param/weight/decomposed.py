@@ -1,0 +1,264 @@
+"""x W'ᵀ for DoRA's W' = m ∘ V / ‖V‖ with V = W + scale·(B @ A), with a backward of its own.
+
+With c = m / ‖V‖ and u = x Vᵀ the output is c ∘ u. V is not formed for it, u is kept for the
+gradient of c, and the norms take one more skinny product with W in each direction; backward, where
+x has few rows, it rides along in the product that gives dx.
+
+What one whole weight's DoRA at full strength does not cover, `rescaled` does: several adapters,
+ranges of rows, other strengths, as α ∘ W + Σ scale·(B @ A).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_param.weight.dora import row_cross, row_norms, row_ratios, row_squares
+from lora_param.weight.dropout import draw_bits
+from lora_param.weight.factored import (
+    down,
+    own_scale,
+    prefers_built,
+    rescale,
+    scaled_product,
+    scratch,
+    through_A,
+)
+from lora_param.weight.update import Update, compute_dtype
+
+__all__ = ["decomposed_linear", "is_decomposed", "rescaled"]
+
+_FEW = 512  # rows of x up to which the gradient of the norms rides along with dx
+_CACHED = 1 << 16  # elements of a product that stay in a core's cache
+
+
+def is_decomposed(W: Tensor, updates: Sequence[Update]) -> bool:
+    """`decomposed_linear` applies: one DoRA on all of a frozen matrix, at full strength."""
+    return (
+        len(updates) == 1
+        and updates[0].magnitude is not None
+        and updates[0].region.is_whole
+        and updates[0].strength == 1
+        and not (W.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def decomposed_linear(x: Tensor, W: Tensor, bias: Tensor | None, u: Update) -> Tensor:
+    """x (m ∘ V / ‖V‖)ᵀ + bias.
+
+    Args:
+        x: input of shape (*, n).
+        W: frozen weight of shape (m, n), of x's dtype.
+        bias: shape (m,), or None.
+        u: a DoRA of all of W, whose `strength` is 1.
+
+    Returns:
+        Shape (*, m).
+    """
+    assert u.magnitude is not None
+    wide = compute_dtype(W.dtype)
+    A, B, magnitude = u.A.to(wide), u.B.to(wide), u.magnitude.to(wide)
+    squares = row_squares(W.to(wide)) if u.squares is None else u.squares
+    trained = (x, A, B, magnitude, *(() if bias is None else (bias,)))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
+        return cast(Tensor, _Decomposed.apply(x, W, bias, A, B, magnitude, squares, u))  # type: ignore[no-untyped-call]
+    rows = x.reshape(-1, W.shape[1])
+    ratios = row_ratios(W, A, B, magnitude, u.scale, squares)
+    if prefers_built(W, rows.shape[0], W.shape[1], (u,)):
+        y = F.linear(rows, _build(W, A, B, ratios, u.scale), bias)
+    else:
+        y = rescale(_undivided(rows, W, bias, A, B, u, None)[0], bias, ratios)
+    return y.view(*x.shape[:-1], W.shape[0])
+
+
+def _build(W: Tensor, A: Tensor, B: Tensor, ratios: Tensor, scale: float) -> Tensor:
+    """c ∘ V, valid until this thread builds the next one. (m, n)"""
+    built = torch.mul(W, ratios.unsqueeze(-1), out=scratch(W))
+    return built.addmm_(B * ratios.unsqueeze(-1), A, alpha=scale)
+
+
+def _undivided(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    u: Update,
+    bits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """x Vᵀ + b (T, m) for x (T, n), and A xᵀ (r, T); x without what `bits` drop, before A."""
+    y = F.linear(x, W, bias)  # (T, m)
+    Ax = down(x, A.to(x.dtype), bits)  # (r, T)
+    return y.addmm_(Ax.t(), B.to(x.dtype).t(), alpha=own_scale(u)), Ax
+
+
+class _Decomposed(torch.autograd.Function):
+    """Saves x, W, the factors, A xᵀ (r, T), and the output before it is rescaled (T, m)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        squares: Tensor,
+        u: Update,
+    ) -> Tensor:
+        scale, rows = u.scale, x.reshape(-1, W.shape[1])
+        cross, gram = row_cross(W, A), A @ A.t()  # (m, r), (r, r)
+        slope = torch.addmm(cross, B, gram, alpha=scale)  # (m, r): half of what moves ‖V‖² / scale
+        total = torch.add(squares, cross.add_(slope).mul_(B).sum(-1), alpha=scale)
+        norms = row_norms(total)  # (m,)
+        ratios = magnitude / norms
+        bits = draw_bits(rows.shape[0], rows.shape[1], u.dropout, x.device) if u.dropout else None
+        before, Ax = _undivided(rows, W, bias, A, B, u, bits)
+        ctx.update = u
+        ctx.save_for_backward(
+            x, W, bias, A, B, magnitude, squares, slope, norms, ratios, before, Ax, bits
+        )
+        return rescale(before, bias, ratios).view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return _through_a_graph(ctx, grad)
+        u: Update = ctx.update
+        x, W, bias, A, B, _, _, slope, norms, ratios, before, Ax, bits = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B, needs_magnitude, _, _ = ctx.needs_input_grad
+        rows = x.reshape(-1, W.shape[1])  # (T, n)
+        g = grad.reshape(-1, W.shape[0])  # (T, m)
+        dbias = g.sum(0) if bias is not None else None  # (m,)
+        of_ratios = _column_dots(g, before)  # (m,)
+        if dbias is not None:
+            of_ratios = of_ratios - bias * dbias
+        # d‖V‖² by B is 2·scale·slope, by A it is 2·scale·Bᵀ V; and c = m / ‖V‖.
+        weight = (of_ratios * ratios / (norms * norms)).mul_(-u.scale).unsqueeze(-1)  # (m, 1)
+        scaled_B = B * ratios.unsqueeze(-1)  # (m, r)
+        weighted = (B * weight).t()  # (r, m)
+        dB: Tensor | None = None
+        if needs_B:
+            direct = scaled_product(Ax, g, Ax.new_empty(B.t().shape), own_scale(u)).t()  # (m, r)
+            dB = torch.addcmul(slope * weight, direct.to(B.dtype), ratios.unsqueeze(-1))
+        dx, of_norms = _through_W(g, W, A, scaled_B, weighted, ratios, u, needs_x, needs_A)
+        dA: Tensor | None = None
+        if needs_x or needs_A:
+            built = needs_x and prefers_built(W, g.shape[0], W.shape[0], (u,))
+            Bg = scaled_B.to(g.dtype).t() @ g.t()  # (r, T)
+            into = None if built else dx
+            dA = through_A(Bg, A.to(g.dtype), rows, into, bits, own_scale(u), needs_A)
+        if dA is not None and of_norms is not None:
+            dA = torch.addmm(of_norms, weighted @ B, A, alpha=u.scale).add_(dA)
+        return (
+            None if dx is None else dx.view(x.shape),
+            None,
+            dbias if needs_bias else None,
+            dA,
+            dB,
+            of_ratios / norms if needs_magnitude else None,
+            None,
+            None,
+        )
+
+
+def _through_W(
+    g: Tensor,
+    W: Tensor,
+    A: Tensor,
+    scaled_B: Tensor,
+    weighted: Tensor,
+    ratios: Tensor,
+    u: Update,
+    needs_x: bool,
+    needs_A: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(c ∘ g) W (T, n), or of c ∘ V where that is cheaper, and `weighted` W (r, n)."""
+    T = g.shape[0]
+    narrow = weighted.to(W.dtype)
+    if needs_x and needs_A and T <= _FEW and not prefers_built(W, T, W.shape[0], (u,)):
+        both = torch.cat([(g * ratios).to(W.dtype), narrow]) @ W  # (T + r, n)
+        return both[:T], both[T:].to(A.dtype)
+    dx: Tensor | None = None
+    if needs_x and prefers_built(W, T, W.shape[0], (u,)):
+        built = torch.mul(W, ratios.unsqueeze(-1), out=scratch(W))
+        dx = g @ built.addmm_(scaled_B, A, alpha=u.scale)
+    elif needs_x:
+        dx = (g * ratios).to(W.dtype) @ W
+    return dx, (narrow @ W).to(A.dtype) if needs_A else None
+
+
+def _through_a_graph(ctx: Any, grad: Tensor) -> Any:
+    """Gradients that can be differentiated again: those of torch's own operations."""
+    u: Update = ctx.update
+    x, W, bias, A, B, magnitude, squares, *_, bits = ctx.saved_tensors
+    inputs = (x, W, bias, A, B, magnitude)
+    rows = x.reshape(-1, W.shape[1])
+    ratios = row_ratios(W, A, B, magnitude, u.scale, squares)
+    y = rescale(_undivided(rows, W, bias, A, B, u, bits)[0], bias, ratios)
+    asked = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(y.view(grad.shape), asked, grad, create_graph=True))
+    return *(next(found) if needed else None for needed in ctx.needs_input_grad[:6]), None, None
+
+
+def _column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over rows of a ∘ b, in fp32 at least. (T, m), (T, m) → (m,)
+
+    On a CPU in blocks of rows that stay in its cache.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    step = max(1, _CACHED // a.shape[1])
+    if a.device.type != "cpu" or a.shape[0] <= step:
+        return (a * b).sum(0, dtype=wide)
+    parts = zip(torch.split(a, step), torch.split(b, step), strict=True)
+    return torch.stack([(x * y).sum(0, dtype=wide) for x, y in parts]).sum(0)
+
+
+def rescaled(W: Tensor, updates: Sequence[Update]) -> tuple[Tensor, Sequence[Update]] | None:
+    """W' as α ∘ W + Σ scale·(B @ A): the factor of each row of W, and updates that only add.
+
+    Args:
+        W: base of shape (m, *).
+        updates: what makes the adapted weight, some with a magnitude.
+
+    Returns:
+        α (m,) and the updates; or None where the weight has no such form: a magnitude over part of
+        the columns or over a stack, or a base that trains.
+    """
+    if W.requires_grad and torch.is_grad_enabled():
+        return None
+    alpha: Tensor | None = None
+    plain: list[Update] = []
+    for u in updates:
+        if u.magnitude is None:
+            plain.append(u)
+            continue
+        if u.region.columns is not None or u.region.stacked:
+            return None
+        wide = compute_dtype(W.dtype)
+        part = (W if u.region.rows is None else W[slice(*u.region.rows)]).flatten(1)
+        squares = row_squares(part.to(wide)) if u.squares is None else u.squares
+        magnitude = u.magnitude.to(wide)
+        ratios = row_ratios(part, u.A.to(wide), u.B.to(wide), magnitude, u.scale, squares)
+        own = _over_all_rows(ratios, u, W.shape[0])
+        alpha = own if alpha is None else alpha + own - 1
+        B = u.B * ratios.unsqueeze(-1)  # (rows, r)
+        plain.append(replace(u, B=B, scale=u.scale * u.strength, magnitude=None))
+    assert alpha is not None
+    return alpha, plain
+
+
+def _over_all_rows(ratios: Tensor, u: Update, rows: int) -> Tensor:
+    """What one update multiplies each row of W by; 1 beside its region. (m,)"""
+    if not (isinstance(u.strength, float) and u.strength == 1):  # a tensor while compiling
+        ratios = (ratios - 1) * u.strength + 1
+    if u.region.rows is None:
+        return ratios
+    start, stop = u.region.rows
+    return F.pad(ratios, (start, rows - stop), value=1.0)
