@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -301,6 +302,26 @@ def show(result: Result, texts: tuple[Text, Text]) -> None:
         CONSOLE.print(sample, markup=False, highlight=False)
 
 
+def draw(result: Result, texts: tuple[Text, Text], file: Path) -> None:
+    """Perplexity on both texts, a pair of bars for each contender."""
+    names = list(result.perplexity)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for offset, text, colour in ((-0.2, 0, "tab:gray"), (0.2, 1, "tab:orange")):
+        values = [result.perplexity[name][text] for name in names]
+        places = [i + offset for i in range(len(names))]
+        bars = axes.barh(places, values, 0.38, color=colour, label=texts[text].name)
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_xlabel("perplexity per byte of held-out text (less is better)")
+    axes.set_title("What each knows of the old text and of the new one")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
 def main(arguments: list[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--text", type=Path, help="a file to pretrain on")
@@ -352,6 +373,7 @@ def main(arguments: list[str] | None = None) -> Result:
         and all(torch.equal(after[name], tensor) for name, tensor in before.items()),
     )
     show(result, texts)
+    draw(result, texts, options.out / "perplexity.png")
     return result
 
 

@@ -14,6 +14,7 @@ import lora_param as lp
 def test_language_model(example: Callable[[list[str]], Any], tmp_path: Path) -> None:
     found = example(["--quick", "--shift", "--out", str(tmp_path)])
     assert found.untouched
+    assert (tmp_path / "perplexity.png").stat().st_size > 10_000
     assert found.percent < 5
     assert found.trainable == lp.stats(tmp_path / "adapter.safetensors").trainable
 
