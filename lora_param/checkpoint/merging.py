@@ -64,6 +64,10 @@ class _Piece:
     def target(self) -> AdapterTarget:
         return self.adapter.targets[self.key]
 
+    @property
+    def has_magnitude(self) -> bool:
+        return self.target.settings.variant == "dora"
+
     def factors(self) -> dict[str, Tensor]:
         return {n: t.detach().cpu() for n, t in self.adapter.factors(self.key).items()}
 
@@ -177,7 +181,7 @@ class Merging:
                 total=full[index].numel(),
                 rounding_loss=_norm(lost) / want if want else 0.0,
                 relative_norm=own / base if base else (math.inf if own else 0.0),
-                dead=not own and _is_dead(piece.factors()),
+                dead=_is_dead(piece.factors()) and not (own and piece.has_magnitude),
             )
 
 

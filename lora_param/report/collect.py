@@ -102,7 +102,8 @@ def _row(
         )
     else:
         dead = not up.any()
-    dead = dead and not norm
+    if "magnitude" in factors and norm is not None:
+        dead = dead and not norm
     return TargetRow(
         key,
         base.shape,
