@@ -1,6 +1,7 @@
 import pytest
 import torch
 from checkpoint_samples import weights
+from safetensors.torch import load_file
 
 from lora_param.checkpoint.create import create_adapter
 from lora_param.errors import NoMatchError, OptionError, RankError, UnsuitableWeightError
@@ -44,8 +45,8 @@ def test_pissa_starts_at_the_base(base):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"variant": "dora"}, OptionError),
-        ({"targets": ["a.q:variant=dora"]}, OptionError),
+        ({"variant": "odd"}, OptionError),
+        ({"targets": ["a.q:variant=odd"]}, OptionError),
         ({"init": "magic"}, OptionError),
         ({"rank": 0}, OptionError),
         ({"rank": 5}, RankError),
@@ -56,3 +57,11 @@ def test_pissa_starts_at_the_base(base):
 def test_bad_settings(options, error, base):
     with pytest.raises(error):
         create_adapter(base, **({"targets": ["q"]} | options))
+
+
+def test_dora_starts_at_the_norms_of_the_rows(base):
+    plan, adapter = create_adapter(base, ["a.q"], rank=2, variant="dora", seed=0)
+    W = load_file(base)["a.q.weight"].float()
+    magnitude = adapter.tensors["a.q.weight.magnitude"]
+    torch.testing.assert_close(magnitude, W.norm(dim=1))
+    assert plan.trainable == adapter.trainable == sum(t.numel() for t in adapter.tensors.values())
