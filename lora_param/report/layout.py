@@ -83,7 +83,7 @@ def remarks(stats: StatsData) -> list[tuple[str, str]]:
         )
         if number
     ]
-    if stats.unfrozen:
+    if stats.unfrozen and stats.rows:  # beside an adapter; a plain model's weights all may train
         train = f"{figures.count(stats.unfrozen)} base elements train too: not frozen"
         found.append((train, "warning"))
     return found
