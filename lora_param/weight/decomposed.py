@@ -72,8 +72,13 @@ def decomposed_linear(x: Tensor, W: Tensor, bias: Tensor | None, u: Update) -> T
     if prefers_built(W, rows.shape[0], W.shape[1], (u,)):
         y = F.linear(rows, _build(W, A, B, ratios, u.scale), bias)
     else:
-        y = rescale(_undivided(rows, W, bias, A, B, u, None)[0], bias, ratios)
+        y = rescale(_undivided(rows, W, bias, A, B, u, _draw(rows, u))[0], bias, ratios)
     return y.view(*x.shape[:-1], W.shape[0])
+
+
+def _draw(x: Tensor, u: Update) -> Tensor | None:
+    """Which elements of x (T, n) its dropout keeps."""
+    return draw_bits(x.shape[0], x.shape[1], u.dropout, x.device) if u.dropout else None
 
 
 def _build(W: Tensor, A: Tensor, B: Tensor, ratios: Tensor, scale: float) -> Tensor:
@@ -118,7 +123,7 @@ class _Decomposed(torch.autograd.Function):
         total = torch.add(squares, cross.add_(slope).mul_(B).sum(-1), alpha=scale)
         norms = row_norms(total)  # (m,)
         ratios = magnitude / norms
-        bits = draw_bits(rows.shape[0], rows.shape[1], u.dropout, x.device) if u.dropout else None
+        bits = _draw(rows, u)
         before, Ax = _undivided(rows, W, bias, A, B, u, bits)
         ctx.update = u
         ctx.save_for_backward(

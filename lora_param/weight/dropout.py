@@ -28,8 +28,8 @@ def keep_probability(p: float) -> float:
 def _rows_in_block(rows: int, columns: int, device: torch.device) -> int:
     """Rows masked at a time: a multiple of 8, so that every block begins on a whole byte."""
     if device.type != "cpu":
-        return rows
-    return min(rows, max(8, _BLOCK // columns // 8 * 8))
+        return max(rows, 1)
+    return max(8, _BLOCK // max(columns, 1) // 8 * 8)
 
 
 def draw_bits(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
@@ -50,6 +50,8 @@ def draw_bits(rows: int, columns: int, p: float, device: torch.device) -> Tensor
         count = min(step, rows * columns - start)
         draws = generator.random_raw(-(-count // 4)).view(np.uint16)[:count]
         packed.append(np.packbits(draws >= dropped))
+    if not packed:  # no rows
+        return torch.empty(0, dtype=torch.uint8)
     return torch.from_numpy(packed[0] if len(packed) == 1 else np.concatenate(packed))
 
 

@@ -170,6 +170,8 @@ def down(x: Tensor, A: Tensor, bits: Tensor | None) -> Tensor:
     if bits is None:
         return A @ x.t()
     parts = [A @ (_rows(x, i, mask) * mask).t() for i, mask in masks(x, bits)]  # (r, rows) each
+    if not parts:  # no rows
+        return A.new_empty(A.shape[0], 0)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

@@ -192,6 +192,24 @@ def test_dropout_acts_on_what_A_reads_alone() -> None:
     assert not torch.allclose(moved, whole)
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_dropout_is_drawn_without_gradients_too(variant: str) -> None:
+    torch.manual_seed(0)
+    linear = lp.apply(nn.Linear(32, 16), ["weight"], rank=4, dropout=0.3, variant=variant)
+    with torch.no_grad():
+        linear.parametrizations.weight[0].lora_B.normal_()
+    for rows in (0, 3, 600):
+        x = torch.randn(rows, 32)
+        torch.manual_seed(5)
+        y = linear(x)
+        y.sum().backward()
+        torch.manual_seed(5)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x), y)
+        if rows:
+            assert not torch.allclose(linear(x), y)
+
+
 def test_known_squares_follow_the_base() -> None:
     linear = layer()
     x = torch.randn(3, 7, dtype=torch.float64)
