@@ -42,7 +42,7 @@ class _KnownSquares:
             return None
         known = self.of
         if known is None or known.data_ptr() != W.data_ptr() or self.version != W._version:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # kept: training may read it next
                 part = W[region.index].to(compute_dtype(W.dtype))
                 self.squares = row_squares(part.reshape(region.matrix(tuple(W.shape))))
             self.of, self.version = W.detach(), W._version

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_param.adapter import TENSORS, Adapter, AdapterTarget
-from lora_param.report.norms import decomposed_norm, measure, scaled_product
+from lora_param.adapter import TENSORS, Adapter
+from lora_param.report.norms import decomposed_norm, measure
 from lora_param.report.rows import Stats, TargetRow, WeightRow
 from lora_param.targets.weights import Weight, count_base
 
@@ -93,7 +93,16 @@ def _row(
         values = base_array(name)[region.index].astype(np.float64)
         weight_norm = float(np.sqrt((values**2).sum()))
         if measured and "magnitude" in factors:
-            norm = _decomposed_norm(target, values.reshape(region.matrix(base.shape)), factors)
+            norm = decomposed_norm(
+                values.reshape(region.matrix(base.shape)),
+                down,
+                up,
+                target.settings.scale,
+                factors["magnitude"],
+                target.strength,
+                factors.get("initial_A"),
+                factors.get("initial_B"),
+            )
             if norm <= _ROUNDING * weight_norm:
                 norm = 0.0
     if "initial_A" in factors:
@@ -122,19 +131,6 @@ def _row(
         spectrum,
         target.settings.variant,
     )
-
-
-def _decomposed_norm(
-    target: AdapterTarget, W: NDArray[np.float64], factors: dict[str, Array]
-) -> float:
-    delta = scaled_product(
-        factors["lora_A"],
-        factors["lora_B"],
-        target.settings.scale,
-        factors.get("initial_A"),
-        factors.get("initial_B"),
-    )
-    return decomposed_norm(W, delta, factors["magnitude"], target.strength)
 
 
 def _factors(adapter: Adapter, key: str) -> dict[str, Array]:

@@ -152,15 +152,27 @@ class _Decomposed(torch.autograd.Function):
         if needs_B:
             direct = scaled_product(Ax, g, Ax.new_empty(B.t().shape), own_scale(u)).t()  # (m, r)
             dB = torch.addcmul(slope * weight, direct.to(B.dtype), ratios.unsqueeze(-1))
-        dx, of_norms = _through_W(g, W, A, scaled_B, weighted, ratios, u, needs_x, needs_A)
+        dx: Tensor | None = None
         dA: Tensor | None = None
+        of_norms: Tensor | None = None
+        built = prefers_built(W, g.shape[0], W.shape[0], (u,))
+        narrow = weighted.to(W.dtype)
+        if needs_x and needs_A and not built and g.shape[0] <= _FEW:
+            both = torch.cat([(g * ratios).to(W.dtype), narrow]) @ W  # (T + r, n)
+            dx, of_norms = both[: g.shape[0]], both[g.shape[0] :]
+        else:
+            if needs_x and built:
+                dx = g @ _build(W, A, B, ratios, u.scale)  # (T, n)
+            elif needs_x:
+                dx = (g * ratios).to(W.dtype) @ W  # (T, n)
+            if needs_A:
+                of_norms = narrow @ W  # (r, n)
         if needs_x or needs_A:
-            built = needs_x and prefers_built(W, g.shape[0], W.shape[0], (u,))
             Bg = scaled_B.to(g.dtype).t() @ g.t()  # (r, T)
             into = None if built else dx
             dA = through_A(Bg, A.to(g.dtype), rows, into, bits, own_scale(u), needs_A)
         if dA is not None and of_norms is not None:
-            dA = torch.addmm(of_norms, weighted @ B, A, alpha=u.scale).add_(dA)
+            dA = torch.addmm(of_norms.to(A.dtype), weighted @ B, A, alpha=u.scale).add_(dA)
         return (
             None if dx is None else dx.view(x.shape),
             None,
@@ -171,32 +183,6 @@ class _Decomposed(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _through_W(
-    g: Tensor,
-    W: Tensor,
-    A: Tensor,
-    scaled_B: Tensor,
-    weighted: Tensor,
-    ratios: Tensor,
-    u: Update,
-    needs_x: bool,
-    needs_A: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(c ∘ g) W (T, n), or of c ∘ V where that is cheaper, and `weighted` W (r, n)."""
-    T = g.shape[0]
-    narrow = weighted.to(W.dtype)
-    if needs_x and needs_A and T <= _FEW and not prefers_built(W, T, W.shape[0], (u,)):
-        both = torch.cat([(g * ratios).to(W.dtype), narrow]) @ W  # (T + r, n)
-        return both[:T], both[T:].to(A.dtype)
-    dx: Tensor | None = None
-    if needs_x and prefers_built(W, T, W.shape[0], (u,)):
-        built = torch.mul(W, ratios.unsqueeze(-1), out=scratch(W))
-        dx = g @ built.addmm_(scaled_B, A, alpha=u.scale)
-    elif needs_x:
-        dx = (g * ratios).to(W.dtype) @ W
-    return dx, (narrow @ W).to(A.dtype) if needs_A else None
 
 
 def _through_a_graph(ctx: Any, grad: Tensor) -> Any:

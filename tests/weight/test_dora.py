@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import lora_param as lp
 from lora_param.errors import MismatchError
 from lora_param.weight.decomposed import rescaled
 from lora_param.weight.dora import row_norms, row_ratios, row_squares
+from lora_param.weight.dropout import draw_bits, keep_probability, masks
 from lora_param.weight.update import Update
 
 NAMES = ("lora_A", "lora_B", "magnitude")
@@ -208,6 +210,42 @@ def test_dropout_is_drawn_without_gradients_too(variant: str) -> None:
             torch.testing.assert_close(linear(x), y)
         if rows:
             assert not torch.allclose(linear(x), y)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(3, 9, 7), (600, 9, 7), (600, 640, 5)])
+def test_each_way_through_the_base(shape: tuple[int, int, int], dropout: float) -> None:
+    """Few rows, many, and many but fewer than outputs: with and without dropout's mask."""
+    rows, m, n = shape
+    linear = layer(m, n)
+    linear.parametrizations.weight[0].configure(
+        replace(linear.parametrizations.weight[0].settings, dropout=dropout)
+    )
+    x = torch.randn(rows, n, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    y = linear(x)
+    mask: Tensor | float = 1.0
+    if dropout:
+        torch.manual_seed(3)
+        bits = draw_bits(rows, n, dropout, x.device)
+        mask = torch.cat([part for _, part in masks(x, bits)]) / keep_probability(dropout)
+    A, B, magnitude = parts(linear)
+    W = linear.parametrizations.weight.original
+    ratios = magnitude / (W + 8.0 * (B @ A)).norm(dim=1)
+    plain = (x @ W.T + 8.0 * (x * mask) @ A.T @ B.T) * ratios + linear.bias
+    torch.testing.assert_close(y, plain)
+    leaves, g = [x, A, B, magnitude], torch.randn_like(y)
+    found = torch.autograd.grad(y, leaves, g)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, leaves, g))
+
+
+def test_read_in_inference_mode_and_then_trained() -> None:
+    linear = layer()
+    x = torch.randn(3, 7, dtype=torch.float64)
+    with torch.inference_mode():
+        linear(x)
+    linear(x).sum().backward()
+    assert all(p.grad is not None for p in lp.parameters(linear))
 
 
 def test_known_squares_follow_the_base() -> None:
