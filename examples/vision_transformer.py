@@ -3,7 +3,8 @@
 A masked autoencoder is pretrained on unlabelled pictures; on its frozen backbone, factors on query,
 key and value and a classification head are trained with few labels, beside the head alone and full
 fine-tuning. Backbone, head and adapter are saved apart, and put together again by `test`. The knobs
-are the Settings below, by --override; three of them follow the number of labels (PRESETS).
+are the Settings below, by --config and --override; three of them follow the number of labels
+(PRESETS).
 
     python examples/vision_transformer.py train --quick
     python examples/vision_transformer.py test
@@ -432,8 +433,12 @@ def draw_losses(pretraining: list[float], curves: dict[str, list[float]], out: P
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
-    """For `train` the defaults, those of --quick and the preset's, for `test` what was trained."""
-    given = dict(text.partition("=")[::2] for text in options.override)
+    """For `train` the defaults, those of --quick and the preset's, for `test` what was trained.
+
+    Over them the --config, and over that each --override.
+    """
+    given = configured(options.config) if options.config else {}
+    given |= dict(text.partition("=")[::2] for text in options.override)
     own = {key: typed(key, text) for key, text in given.items()}
     own |= {key: v for key in ("data", "seed") if (v := getattr(options, key)) is not None}
     if options.command == "test":
@@ -448,6 +453,17 @@ def settings_from(options: argparse.Namespace) -> Settings:
     check("preset", preset, tuple(PRESETS))
     check("freeze_strategy", settings.freeze_strategy, ("backbone_only", "none"))
     return Settings(**PRESETS[preset][1] | start | {"preset": preset})
+
+
+def configured(file: Path) -> dict[str, str]:
+    """The settings of a JSON file, such as the `settings.json` that training leaves."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{file} cannot be read as JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{file} holds no settings: a JSON object is expected.")
+    return {key: json.dumps(value) for key, value in found.items()}
 
 
 def check(key: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -483,6 +499,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         command.add_argument(
             "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE"
         )
+        command.add_argument("--config", type=Path, help="settings as JSON; --override wins")
         command.add_argument("--seed", type=int)
         command.add_argument("--quick", action="store_true", help="few digits, few epochs")
     options = parser.parse_args(arguments)

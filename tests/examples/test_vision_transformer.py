@@ -72,11 +72,16 @@ def test_a_wrong_setting_is_refused(
     [(1999, 4, 0.1, 5e-4), (2000, 8, 0.05, 5e-4), (5000, 8, 0.05, 5e-4), (5001, 16, 0.05, 3e-4)],
 )
 def test_the_preset_follows_the_number_of_labels(
-    example: Example, labelled: int, rank: int, dropout: float, rate: float
+    example: Example, tmp_path: Path, labelled: int, rank: int, dropout: float, rate: float
 ) -> None:
     settings_from = example.__globals__["settings_from"]
     options = example.__globals__["argparse"].Namespace(
-        command="train", quick=False, data=None, seed=None, override=[f"labelled={labelled}"]
+        command="train",
+        quick=False,
+        data=None,
+        seed=None,
+        config=None,
+        override=[f"labelled={labelled}"],
     )
     settings = settings_from(options)
     assert (settings.lora_r, settings.lora_dropout, settings.learning_rate) == (rank, dropout, rate)
@@ -84,6 +89,26 @@ def test_the_preset_follows_the_number_of_labels(
     settings = settings_from(options)
     assert (settings.lora_r, settings.lora_dropout, settings.use_lora) == (3, dropout, False)
     assert settings.lora_target_modules == ["query", "value"]
+    options.config = tmp_path / "config.json"
+    options.config.write_text('{"lora_r": 5, "lora_alpha": 10}')
+    settings = settings_from(options)
+    assert (settings.lora_r, settings.lora_alpha) == (3, 10), "an override wins"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "a JSON object is expected"),
+        ('{"lora_rnk": 8}', "the nearest is 'lora_r'"),
+        ('{"lora_r": "8"}', "accepted: int"),
+    ],
+)
+def test_a_wrong_config_is_refused(example: Example, tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=said):
+        example(["train", "--out", str(tmp_path), "--config", str(file)])
 
 
 def test_missing_pictures_and_a_missing_run_are_one_sentence(
