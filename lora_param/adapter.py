@@ -9,29 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_param.errors import FingerprintError, MismatchError
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
-from lora_param.targets.settings import Settings
+from lora_param.targets.settings import INITIAL, VARIANTS, Settings
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "TENSORS",
     "Adapter",
     "AdapterTarget",
     "check_fit",
+    "is_dead",
 ]
-
-TENSORS = ("lora_A", "lora_B", "magnitude", "initial_A", "initial_B")
-"""What a target may hold. `magnitude` is DoRA's length of each row. The `initial_` pair is what
-pissa and olora start from: it is subtracted, so that the base stays as it is:
-ΔW = scale·(B @ A - initial_B @ initial_A)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class AdapterTarget:
     Attributes:
         target: the weight or the part of it.
         settings: rank, alpha, scaling, dropout, initialisation and variant.
-        strength: what `set_scale` set, 1.0 as trained.
+        strength: multiplies the update; what `set_scale` set, 1.0 as trained.
         enabled: the update takes part in the weight.
         also: further names of the same (tied) tensor that share the factors.
         apart: further names of the same tensor that keep the base.
@@ -56,8 +51,8 @@ class AdapterTarget:
 
     @property
     def scale(self) -> float:
-        """What multiplies B @ A."""
-        return self.settings.scale * self.strength
+        """What multiplies B @ A: that of rank, alpha and scaling."""
+        return self.settings.scale
 
     @classmethod
     def from_plan(cls, planned: PlannedTarget) -> AdapterTarget:
@@ -71,8 +66,8 @@ class Adapter:
 
     Attributes:
         targets: settings, by target key (the weight's full name with its slice).
-        tensors: factors under `KEY.lora_A` (rank × in) and `KEY.lora_B` (out × rank), and what
-            else `TENSORS` names.
+        tensors: what each target's variant trains, for LoRA `KEY.lora_A` (rank × in) and
+            `KEY.lora_B` (out × rank), and what is kept beside it (`KEY.initial_A`, ...).
         base: fingerprint of each targeted weight, by weight name.
         name: its name on a model.
         source: where it came from, for messages.
@@ -86,7 +81,12 @@ class Adapter:
 
     def factors(self, key: str) -> dict[str, Tensor]:
         """The tensors of one target, by their short names."""
-        return {n: self.tensors[f"{key}.{n}"] for n in TENSORS if f"{key}.{n}" in self.tensors}
+        return {n: self.tensors[f"{key}.{n}"] for n in self.tensor_names(key)}
+
+    def tensor_names(self, key: str) -> list[str]:
+        """The short names of one target's tensors."""
+        named = (*VARIANTS[self.targets[key].settings.variant], *INITIAL)
+        return [n for n in named if f"{key}.{n}" in self.tensors]
 
     def weights(self) -> dict[str, Weight]:
         """The weight behind each target key."""
@@ -152,3 +152,31 @@ def check_fit(
         )
     if check_fingerprint and differing:
         raise FingerprintError(adapter.source, base_name, differing)
+
+
+_ROUNDING = 1e-5  # of ‖W‖: what rounding alone makes of an update that is zero
+
+
+def is_dead(
+    tensors: Mapping[str, Any], update_norm: float | None = None, weight_norm: float | None = None
+) -> bool:
+    """A target's update is zero because its factors have not been trained.
+
+    A variant multiplies its factors, whose names begin with `lora_`: one that is zero makes the
+    update zero, or leaves what else it has (DoRA's magnitude) to the norms.
+
+    Args:
+        tensors: the target's tensors or arrays, by their short names.
+        update_norm: ‖ΔW‖, where it was measured.
+        weight_norm: ‖W‖ of the adapted part, where it was measured.
+
+    >>> is_dead({"lora_A": torch.ones(1, 3), "lora_B": torch.zeros(2, 1)})
+    True
+    """
+    if all(n in tensors for n in INITIAL):  # they start at a difference of equals
+        untrained = all(bool((tensors[i] == tensors[f]).all()) for i, f in INITIAL.items())
+    else:
+        untrained = not all(bool(t.any()) for n, t in tensors.items() if n.startswith("lora_"))
+    if not untrained or update_norm is None or weight_norm is None:
+        return untrained
+    return not update_norm > _ROUNDING * weight_norm  # of NaN nothing is known: untrained

@@ -92,20 +92,10 @@ def _fresh(
 ) -> dict[str, Tensor]:
     import torch
 
-    from lora_param.weight.init import initial_factors
+    from lora_param.weight.init import fresh_tensors
 
     def matrix() -> Tensor:
         return checkpoint[planned.target.name][planned.target.region.index].reshape(planned.matrix)
 
     dtype = torch.float64 if planned.weight.dtype == "float64" else torch.float32
-    settings = planned.settings
-    return initial_factors(
-        planned.matrix,
-        rank=settings.rank,
-        scale=settings.scale,
-        init=settings.init,
-        W=matrix,
-        variant=settings.variant,
-        dtype=dtype,
-        generator=generator,
-    )
+    return fresh_tensors(planned.settings, planned.matrix, matrix, dtype=dtype, generator=generator)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_param.adapter import Adapter, AdapterTarget
+from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.errors import NonFiniteError, OptionError
@@ -64,23 +64,19 @@ class _Piece:
     def target(self) -> AdapterTarget:
         return self.adapter.targets[self.key]
 
-    @property
-    def has_magnitude(self) -> bool:
-        return self.target.settings.variant == "dora"
-
     def factors(self) -> dict[str, Tensor]:
         return {n: t.detach().cpu() for n, t in self.adapter.factors(self.key).items()}
 
     def delta(self, W: Tensor, dtype: torch.dtype) -> Tensor:
         """ΔW over the target, as `merge` computes it."""
-        from lora_param.weight.update import Update, join_factors, update_delta
+        from lora_param.weight.update import fold_initial, make_update
+        from lora_param.weight.variants import variant_named
 
-        f, t = self.factors(), self.target
-        A, B = join_factors(f["lora_A"], f["lora_B"], f.get("initial_A"), f.get("initial_B"))
-        magnitude, strength = f.get("magnitude"), t.strength * self.weight
-        scale = t.settings.scale if magnitude is not None else t.settings.scale * strength
-        u = Update(A, B, scale, t.target.region, magnitude=magnitude, strength=strength)
-        return update_delta(u, W, dtype)
+        t, tensors = self.target, fold_initial(self.factors())
+        strength = t.strength * self.weight
+        variant = variant_named(t.settings.variant)
+        u = make_update(variant, tensors, t.scale, strength, t.target.region)
+        return u.delta(W, dtype)
 
 
 @dataclass
@@ -134,7 +130,8 @@ class Merging:
         Raises:
             NonFiniteError: a finite value becomes infinite or NaN in the stored dtype.
         """
-        from lora_param.weight.update import add_deltas, compute_dtype
+        from lora_param.weight.update import add_deltas
+        from lora_param.weight.variants.base import compute_dtype
 
         pieces = self.pieces.get(name, [])
         target_dtype = self.stored_as(W)
@@ -181,7 +178,7 @@ class Merging:
                 total=full[index].numel(),
                 rounding_loss=_norm(lost) / want if want else 0.0,
                 relative_norm=own / base if base else (math.inf if own else 0.0),
-                dead=_is_dead(piece.factors()) and not (own and piece.has_magnitude),
+                dead=is_dead(piece.factors(), own, base),
             )
 
 
@@ -201,15 +198,6 @@ def _is_finite(tensor: Tensor) -> bool:
 def _overflows(before: Tensor, after: Tensor) -> bool:
     """Some element was finite and no longer is."""
     return not _is_finite(after) and bool((before.isfinite() & ~after.isfinite()).any())
-
-
-def _is_dead(factors: Mapping[str, Tensor]) -> bool:
-    import torch
-
-    if "initial_B" in factors:  # pissa and olora start at a difference of equals
-        pairs = (("lora_A", "initial_A"), ("lora_B", "initial_B"))
-        return all(torch.equal(factors[a], factors[b]) for a, b in pairs)
-    return not bool(factors["lora_B"].any()) or not bool(factors["lora_A"].any())
 
 
 def plan_merging(
@@ -256,5 +244,6 @@ def _check_finite(piece: _Piece) -> None:
     for name, tensor in piece.factors().items():
         if not _is_finite(tensor.to(torch.promote_types(tensor.dtype, torch.float32))):
             raise NonFiniteError(f"{name} of {piece.key} in {piece.adapter.source}")
-    if not math.isfinite(piece.target.scale * piece.weight):
+    t = piece.target
+    if not math.isfinite(t.scale * t.strength * piece.weight):
         raise NonFiniteError(f"the scale of {piece.key} in {piece.adapter.source}")

@@ -35,7 +35,7 @@ from lora_param.errors import BrokenFileError, OutputError, UnknownFileError, Us
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats.base import Format
 from lora_param.targets.regions import Target, parse_target, split_slice
-from lora_param.targets.settings import Settings
+from lora_param.targets.settings import INITIAL, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,9 +142,10 @@ def _decode_target(key: str, value: Any, base: Mapping[str, BaseWeight]) -> Adap
         tuple(fields["also"]),
         tuple(fields["apart"]),
     )
-    if not math.isclose(fields["scale"], decoded.scale, rel_tol=1e-6):
+    scale = settings.scale * decoded.strength
+    if not math.isclose(fields["scale"], scale, rel_tol=1e-6):
         raise _BadConfigError(
-            f"{key} has scale {fields['scale']}, and its other settings give {decoded.scale}"
+            f"{key} has scale {fields['scale']}, and its other settings give {scale}"
         )
     return decoded
 
@@ -171,8 +172,8 @@ def _check_tensors(adapter: Adapter, header: Header) -> None:
     left = dict(header.entries)
     for key, t in adapter.targets.items():
         shapes = t.settings.shapes(t.target.region.matrix(adapter.base[t.target.name].shape))
-        if f"{key}.initial_A" in left or f"{key}.initial_B" in left:
-            shapes |= {"initial_A": shapes["lora_A"], "initial_B": shapes["lora_B"]}
+        if any(f"{key}.{initial}" in left for initial in INITIAL):
+            shapes |= {initial: shapes[factor] for initial, factor in INITIAL.items()}
         for name, shape in shapes.items():
             entry = left.pop(f"{key}.{name}", None)
             if entry is None:
@@ -195,7 +196,7 @@ def _encode(adapter: Adapter) -> dict[str, str]:
         "targets": {
             key: {
                 **{n: getattr(t.settings, n) for n in _SETTINGS},
-                "scale": t.scale,
+                "scale": t.scale * t.strength,
                 "strength": t.strength,
                 "enabled": t.enabled,
                 "also": list(t.also),

@@ -33,8 +33,8 @@ from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import canonical_name, weights_of
 from lora_param.weight.adapted import AdaptedWeight
-from lora_param.weight.init import initial_factors
-from lora_param.weight.update import compute_dtype
+from lora_param.weight.init import fresh_tensors
+from lora_param.weight.variants.base import compute_dtype
 
 __all__ = ["apply", "attach", "detach", "param_groups", "parameters", "remove"]
 
@@ -163,13 +163,10 @@ def _fresh_factors(
 ) -> dict[str, Tensor]:
     owner, tensor = where
     W, region = base_tensor(owner, tensor), planned.target.region
-    return initial_factors(
+    return fresh_tensors(
+        planned.settings,
         planned.matrix,
-        rank=planned.settings.rank,
-        scale=planned.settings.scale,
-        init=planned.settings.init,
-        W=lambda: _base_of(owner, tensor)[region.index].reshape(planned.matrix),
-        variant=planned.settings.variant,
+        lambda: _base_of(owner, tensor)[region.index].reshape(planned.matrix),
         dtype=compute_dtype(W.dtype),
         device=W.device,
         generator=generator,
@@ -257,10 +254,10 @@ def param_groups(
     found = own_sites(sites(model, adapter))
     if not found:
         raise NoAdapterError(adapter, [])
-    slow = [p for s in found for p in (s.lora.lora_A, s.lora.magnitude) if p is not None]
+    named = [item for s in found for item in s.lora.named_parameters()]
     return [
-        {"params": slow, "lr": lr},
-        {"params": [s.lora.lora_B for s in found], "lr": lr * ratio},
+        {"params": [p for n, p in named if n != "lora_B"], "lr": lr},
+        {"params": [p for n, p in named if n == "lora_B"], "lr": lr * ratio},
     ]
 
 

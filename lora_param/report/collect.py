@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_param.adapter import TENSORS, Adapter
-from lora_param.report.norms import decomposed_norm, measure
+from lora_param.adapter import Adapter, AdapterTarget, is_dead
+from lora_param.report.norms import measure
 from lora_param.report.rows import Stats, TargetRow, WeightRow
 from lora_param.targets.weights import Weight, count_base
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "as_array", "collect"]
 
-_ROUNDING = 1e-5  # of ‖W‖: what rounding alone makes of a magnitude that was never trained
 Array = NDArray[np.floating[Any]]
 Progress = Callable[[int, int, str], None]
 
@@ -81,46 +80,35 @@ def _row(
     adapter: Adapter, key: str, base_array: Callable[[str], Array] | None, measured: bool
 ) -> TargetRow:
     target, base = adapter.targets[key], adapter.base[adapter.targets[key].target.name]
-    name, region = target.target.name, target.target.region
+    name, region, settings = target.target.name, target.target.region, target.settings
     factors = _factors(adapter, key)
-    down, up = factors["lora_A"], factors["lora_B"]
+    scale = target.scale * target.strength
     norm = rank = spectrum = weight_norm = None
     if measured:
+        pair = factors if "lora_A" in factors else _lowered(target, factors, base.shape)
         norm, rank, spectrum = measure(
-            down, up, target.scale, factors.get("initial_A"), factors.get("initial_B")
+            pair["lora_A"],
+            pair["lora_B"],
+            scale,
+            factors.get("initial_A"),
+            factors.get("initial_B"),
         )
     if base_array is not None:
         values = base_array(name)[region.index].astype(np.float64)
         weight_norm = float(np.sqrt((values**2).sum()))
-        if measured and "magnitude" in factors:
-            norm = decomposed_norm(
-                values.reshape(region.matrix(base.shape)),
-                down,
-                up,
-                target.settings.scale,
-                factors["magnitude"],
-                target.strength,
-                factors.get("initial_A"),
-                factors.get("initial_B"),
-            )
-            if norm <= _ROUNDING * weight_norm:
-                norm = 0.0
-    if "initial_A" in factors:
-        dead = np.array_equal(down, factors["initial_A"]) and np.array_equal(
-            up, factors["initial_B"]
-        )
-    else:
-        dead = not up.any()
-    if "magnitude" in factors and norm is not None:
-        dead = dead and not norm
+        if measured and settings.variant != "lora":
+            norm = _norm_of_delta(target, factors, values.reshape(region.matrix(base.shape)))
+    dead = is_dead(factors, norm, weight_norm)
+    if dead and norm is not None:
+        norm = 0.0
     return TargetRow(
         key,
         base.shape,
         base.dtype,
         adapter.name,
-        target.settings.rank,
-        target.settings.alpha,
-        target.scale,
+        settings.rank,
+        settings.alpha,
+        scale,
         target.enabled,
         sum(t.size for n, t in factors.items() if not n.startswith("initial_")),
         dead,
@@ -129,12 +117,41 @@ def _row(
         rank,
         target.also,
         spectrum,
-        target.settings.variant,
+        settings.variant,
     )
+
+
+def _lowered(
+    target: AdapterTarget, factors: Mapping[str, Array], shape: tuple[int, ...]
+) -> dict[str, Array]:
+    """A and B of a variant that keeps other tensors, for its scale."""
+    import torch
+
+    from lora_param.weight.variants import variant_named
+
+    W = torch.empty(target.target.region.matrix(shape), device="meta")
+    tensors = {n: torch.from_numpy(np.asarray(t)) for n, t in factors.items()}
+    form = variant_named(target.settings.variant).lower(W, tensors, 1.0, 1.0)
+    assert form is not None
+    return {"lora_A": form.A.numpy(), "lora_B": form.B.numpy()}
+
+
+def _norm_of_delta(target: AdapterTarget, factors: Mapping[str, Array], W: Array) -> float:
+    """‖ΔW‖ of a variant whose update depends on W, in fp64. W (*, out, in)"""
+    import torch
+
+    from lora_param.weight.update import fold_initial
+    from lora_param.weight.variants import variant_named
+
+    tensors = {n: torch.from_numpy(np.asarray(t, np.float64)) for n, t in factors.items()}
+    delta = variant_named(target.settings.variant).delta(
+        torch.from_numpy(W), fold_initial(tensors), target.scale, target.strength
+    )
+    return float(torch.linalg.vector_norm(delta))
 
 
 def _factors(adapter: Adapter, key: str) -> dict[str, Array]:
     read = getattr(adapter.tensors, "array", None)  # a file gives arrays without torch
     if read is None:
         return {name: as_array(t) for name, t in adapter.factors(key).items()}
-    return {n: read(f"{key}.{n}") for n in TENSORS if f"{key}.{n}" in adapter.tensors}
+    return {n: read(f"{key}.{n}") for n in adapter.tensor_names(key)}

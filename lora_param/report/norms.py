@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["decomposed_norm", "effective_rank", "measure", "singular_values", "update_norm"]
+__all__ = ["effective_rank", "measure", "singular_values", "update_norm"]
 
 Floats = NDArray[np.float64]
 
@@ -55,32 +55,6 @@ def _joined(
         down = np.concatenate([down, np.asarray(initial_A, np.float64)], -2)
         up = np.concatenate([up, -np.asarray(initial_B, np.float64)], -1)
     return down, up
-
-
-def decomposed_norm(
-    W: ArrayLike,
-    A: ArrayLike,
-    B: ArrayLike,
-    scale: float,
-    magnitude: ArrayLike,
-    strength: float,
-    initial_A: ArrayLike | None = None,
-    initial_B: ArrayLike | None = None,
-) -> float:
-    """Frobenius norm of what DoRA adds to W: strength·(m ∘ V / ‖V‖ - W) with V = W + scale·(B @ A).
-
-    Takes what `singular_values` takes, W (*, out, in) and the magnitude (*, out).
-
-    >>> decomposed_norm([[3.0, 4.0]], [[0.0, 0.0]], [[1.0]], 1.0, [10.0], 1.0)
-    5.0
-    """
-    down, up = _joined(A, B, initial_A, initial_B)
-    base = np.asarray(W, np.float64)
-    V = base + scale * (up @ down)
-    norms = np.linalg.norm(V, axis=-1)
-    length = np.asarray(magnitude, np.float64)
-    ratio = np.divide(length, norms, out=np.zeros_like(norms), where=norms > 0)
-    return float(np.linalg.norm((V * ratio[..., None] - base) * strength))
 
 
 def update_norm(

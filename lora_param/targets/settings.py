@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_param.errors import OptionError
 
-__all__ = ["INITS", "SCALINGS", "VARIANTS", "Settings", "parse_init", "scale_of"]
+__all__ = ["FROM_WEIGHT", "INITIAL", "INITS", "SCALINGS", "VARIANTS", "Settings", "parse_init"]
+__all__ += ["scale_of"]
 
 INITS = ("kaiming", "he", "normal", "orthogonal", "pissa", "olora")
 SCALINGS = ("standard", "rslora", "constant")
-VARIANTS = ("lora", "dora")
+VARIANTS: Mapping[str, Mapping[str, str]] = {
+    "lora": {"lora_A": "rank in", "lora_B": "out rank"},
+    "dora": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "out"},
+    "miss": {"lora_M": "rank out"},
+}
+"""Variant → the tensors that it trains, each with its axes; a stack has one more in front. What a
+variant does with them is in the file of its name under `weight/variants/`."""
+
+FROM_WEIGHT = ("pissa", "olora")
+"""Initialisations that start from W's own directions. What they start at is kept as `initial_A` and
+`initial_B` and subtracted, so that W stays as it is: ΔW = scale·(B @ A - initial_B @ initial_A)."""
+
+INITIAL = {"initial_A": "lora_A", "initial_B": "lora_B"}
+"""The tensors of that pair, and the factor that each is the beginning of."""
 
 
 def scale_of(alpha: float, rank: int, scaling: str) -> float:
@@ -80,6 +95,9 @@ class Settings:
         parse_init(self.init)
         if self.variant not in VARIANTS:
             raise OptionError("variant", self.variant, ", ".join(VARIANTS))
+        if self.init != "kaiming" and "lora_A" not in VARIANTS[self.variant]:
+            expected = f"kaiming, the default: {self.variant} has no A to initialise"
+            raise OptionError("init", self.init, expected)
 
     @property
     def scale(self) -> float:
@@ -93,5 +111,13 @@ class Settings:
         {'lora_A': (2, 6), 'lora_B': (4, 2), 'magnitude': (4,)}
         """
         *stack, rows, columns = matrix
-        shapes = {"lora_A": (*stack, self.rank, columns), "lora_B": (*stack, rows, self.rank)}
-        return shapes | ({"magnitude": (*stack, rows)} if self.variant == "dora" else {})
+        sizes = {"rank": self.rank, "out": rows, "in": columns}
+        return {
+            name: (*stack, *(sizes[axis] for axis in axes.split()))
+            for name, axes in VARIANTS[self.variant].items()
+        }
+
+    def fixed_shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept beside it and never trains: the initial pair, or nothing."""
+        shapes = self.shapes(matrix) if self.init in FROM_WEIGHT else {}
+        return {name: shapes[factor] for name, factor in INITIAL.items() if factor in shapes}

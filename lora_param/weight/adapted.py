@@ -9,16 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lora_param.errors import ComputedWeightError, InternalError
-from lora_param.weight.update import Update, merge
+from lora_param.weight.update import Deferred, NormalForm, Update, lower_all, merge
 
-__all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "implements"]
+__all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "implements", "lower"]
 
 Rule = Callable[..., Any]
 
@@ -63,29 +62,35 @@ _WRITES |= {f"__i{name}__" for name in _IN_PLACE.split()}
 
 
 class AdaptedWeight(Tensor):
-    """A tensor equal to W + Σ scale·(B @ A), built only where an operation needs the matrix.
+    """A tensor equal to α ∘ W + ΔW of each update, built only where an operation needs the matrix.
 
     Two classes make it: this one can be traced by torch.compile and is made while compiling; the
     eager one has no data at all, so that a pointer taken behind our back fails.
 
     Attributes:
         base: W.
-        updates: what is added, in order.
+        updates: what is added, in order; as the LoRAs give them, or lowered for the rules.
+        alpha: what multiplies W, broadcastable to it, once the updates are lowered; None is 1.
     """
 
     base: Tensor
-    updates: tuple[Update, ...]
+    updates: tuple[Update | Deferred, ...]
+    alpha: Tensor | None
 
     def build(self) -> Tensor:
-        """W + ΔW as a plain tensor of W's shape and dtype."""
-        return merge(self.base, self.updates)
+        """α ∘ W + ΔW as a plain tensor of W's shape and dtype."""
+        return merge(self.base, self.updates, self.alpha)
 
     @property
     def differentiable(self) -> bool:
         """Gradients flow into W or into some factor."""
-        return self.base.requires_grad or any(
-            t.requires_grad for u in self.updates for t in u.tensors
-        )
+        return any(t.requires_grad for t in self.parts)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All tensors that it is made of."""
+        trained = (t for u in self.updates for t in u.trained)
+        return (self.base, *trained) if self.alpha is None else (self.base, self.alpha, *trained)
 
     @classmethod
     def __torch_function__(
@@ -119,7 +124,9 @@ class _EagerAdaptedWeight(AdaptedWeight):
     _built: dict[bool, tuple[tuple[int, ...], Tensor]]
 
     @staticmethod
-    def __new__(cls, base: Tensor, updates: Sequence[Update]) -> _EagerAdaptedWeight:
+    def __new__(
+        cls, base: Tensor, updates: Sequence[Update | Deferred], alpha: Tensor | None = None
+    ) -> _EagerAdaptedWeight:
         self: _EagerAdaptedWeight = Tensor._make_wrapper_subclass(
             cls,
             base.size(),
@@ -130,10 +137,13 @@ class _EagerAdaptedWeight(AdaptedWeight):
         )
         self.base = base
         self.updates = tuple(updates)
+        self.alpha = alpha
         self._built = {}
         return self
 
-    def __init__(self, base: Tensor, updates: Sequence[Update]) -> None:
+    def __init__(
+        self, base: Tensor, updates: Sequence[Update | Deferred], alpha: Tensor | None = None
+    ) -> None:
         """Everything is done in __new__, which torch's subclass construction requires."""
 
     def build(self) -> Tensor:
@@ -143,14 +153,11 @@ class _EagerAdaptedWeight(AdaptedWeight):
         """
         if any(u.dropout for u in self.updates):
             warnings.warn(_NO_DROPOUT, stacklevel=4)
-        versions = tuple(
-            0 if t.is_inference() else t._version
-            for t in (self.base, *(t for u in self.updates for t in u.tensors))
-        )
+        versions = tuple(0 if t.is_inference() else t._version for t in self.parts)
         grad = torch.is_grad_enabled()
         known = self._built.get(grad)
         if known is None or known[0] != versions:
-            known = self._built[grad] = versions, merge(self.base, self.updates)
+            known = self._built[grad] = versions, merge(self.base, self.updates, self.alpha)
         return known[1]
 
     @classmethod
@@ -166,40 +173,43 @@ class _EagerAdaptedWeight(AdaptedWeight):
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedWeight:
-        updates = [
-            replace(
-                u,
-                A=deepcopy(u.A, memo),
-                B=deepcopy(u.B, memo),
-                magnitude=deepcopy(u.magnitude, memo),
-            )
-            for u in self.updates
-        ]
-        copy = memo[id(self)] = _EagerAdaptedWeight(deepcopy(self.base, memo), updates)
+        base, updates, alpha = deepcopy((self.base, self.updates, self.alpha), memo)
+        copy = memo[id(self)] = _EagerAdaptedWeight(base, updates, alpha)
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _EagerAdaptedWeight, (self.base, self.updates)
+        return _EagerAdaptedWeight, (self.base, self.updates, self.alpha)
 
 
-def adapt(W: Tensor, update: Update) -> AdaptedWeight:
+def adapt(W: Tensor, update: Update | Deferred) -> AdaptedWeight:
     """W, which may be adapted already, with one more update."""
     if isinstance(W, AdaptedWeight):
         return adapted(W.base, (*W.updates, update))
     return adapted(W, (update,))
 
 
-def adapted(W: Tensor, updates: Sequence[Update]) -> AdaptedWeight:
-    """The weight that is W plus these updates."""
+def adapted(
+    W: Tensor, updates: Sequence[Update | Deferred], alpha: Tensor | None = None
+) -> AdaptedWeight:
+    """The weight that is α ∘ W plus these updates."""
     if not torch.compiler.is_dynamo_compiling():
-        return _EagerAdaptedWeight(W, updates)
+        return _EagerAdaptedWeight(W, updates, alpha)
     # Not W itself: an operation that torch.compile does not ask about would read W as if it were
     # W + ΔW. Of NaN, which no result can hide.
     empty = W.new_full((), float("nan")).expand(W.shape)
     weight = empty.as_subclass(AdaptedWeight)
     weight.base = W
     weight.updates = tuple(updates)
+    weight.alpha = alpha
     return weight
+
+
+def lower(weight: AdaptedWeight) -> NormalForm | None:
+    """The weight in normal form, or None where one of its updates has none."""
+    for u in weight.updates:
+        if type(u) is not Update:
+            return lower_all(weight.base, weight.updates)
+    return NormalForm(weight.base, cast(Sequence[Update], weight.updates), weight.alpha)
 
 
 @implements(_getter("requires_grad"))

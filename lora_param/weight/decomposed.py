@@ -4,21 +4,18 @@ With c = m / ‖V‖ and u = x Vᵀ the output is c ∘ u. V is not formed for i
 gradient of c, and the norms take one more skinny product with W in each direction; backward, where
 x has few rows, it rides along in the product that gives dx.
 
-What one whole weight's DoRA at full strength does not cover, `rescaled` does: several adapters,
-ranges of rows, other strengths, as α ∘ W + Σ scale·(B @ A).
+It covers one DoRA of a whole frozen weight at full strength; everything else is lowered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_param.weight.dora import row_cross, row_norms, row_ratios, row_squares
+from lora_param.weight.dora import row_cross, row_norms, row_ratios
 from lora_param.weight.dropout import draw_bits
 from lora_param.weight.factored import (
     down,
@@ -29,41 +26,31 @@ from lora_param.weight.factored import (
     scratch,
     through_A,
 )
-from lora_param.weight.update import Update, compute_dtype
+from lora_param.weight.update import Update
 
-__all__ = ["decomposed_linear", "is_decomposed", "rescaled"]
+__all__ = ["decomposed_linear"]
 
 _FEW = 512  # rows of x up to which the gradient of the norms rides along with dx
 _CACHED = 1 << 16  # elements of a product that stay in a core's cache
 
 
-def is_decomposed(W: Tensor, updates: Sequence[Update]) -> bool:
-    """`decomposed_linear` applies: one DoRA on all of a frozen matrix, at full strength."""
-    return (
-        len(updates) == 1
-        and updates[0].magnitude is not None
-        and updates[0].region.is_whole
-        and updates[0].strength == 1
-        and not (W.requires_grad and torch.is_grad_enabled())
-    )
-
-
-def decomposed_linear(x: Tensor, W: Tensor, bias: Tensor | None, u: Update) -> Tensor:
+def decomposed_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, u: Update, magnitude: Tensor, squares: Tensor
+) -> Tensor:
     """x (m ∘ V / ‖V‖)ᵀ + bias.
 
     Args:
         x: input of shape (*, n).
         W: frozen weight of shape (m, n), of x's dtype.
         bias: shape (m,), or None.
-        u: a DoRA of all of W, whose `strength` is 1.
+        u: A, B and scale, in the dtype of the norms, and dropout.
+        magnitude: shape (m,), in the dtype of the norms.
+        squares: `row_squares(W)`. (m,)
 
     Returns:
         Shape (*, m).
     """
-    assert u.magnitude is not None
-    wide = compute_dtype(W.dtype)
-    A, B, magnitude = u.A.to(wide), u.B.to(wide), u.magnitude.to(wide)
-    squares = row_squares(W.to(wide)) if u.squares is None else u.squares
+    A, B = u.A, u.B
     trained = (x, A, B, magnitude, *(() if bias is None else (bias,)))
     if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
         return cast(Tensor, _Decomposed.apply(x, W, bias, A, B, magnitude, squares, u))  # type: ignore[no-untyped-call]
@@ -209,47 +196,3 @@ def _column_dots(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(0, dtype=wide)
     parts = zip(torch.split(a, step), torch.split(b, step), strict=True)
     return torch.stack([(x * y).sum(0, dtype=wide) for x, y in parts]).sum(0)
-
-
-def rescaled(W: Tensor, updates: Sequence[Update]) -> tuple[Tensor, Sequence[Update]] | None:
-    """W' as α ∘ W + Σ scale·(B @ A): the factor of each row of W, and updates that only add.
-
-    Args:
-        W: base of shape (m, *).
-        updates: what makes the adapted weight, some with a magnitude.
-
-    Returns:
-        α (m,) and the updates; or None where the weight has no such form: a magnitude over part of
-        the columns or over a stack, or a base that trains.
-    """
-    if W.requires_grad and torch.is_grad_enabled():
-        return None
-    alpha: Tensor | None = None
-    plain: list[Update] = []
-    for u in updates:
-        if u.magnitude is None:
-            plain.append(u)
-            continue
-        if u.region.columns is not None or u.region.stacked:
-            return None
-        wide = compute_dtype(W.dtype)
-        part = (W if u.region.rows is None else W[slice(*u.region.rows)]).flatten(1)
-        squares = row_squares(part.to(wide)) if u.squares is None else u.squares
-        magnitude = u.magnitude.to(wide)
-        ratios = row_ratios(part, u.A.to(wide), u.B.to(wide), magnitude, u.scale, squares)
-        own = _over_all_rows(ratios, u, W.shape[0])
-        alpha = own if alpha is None else alpha + own - 1
-        B = u.B * ratios.unsqueeze(-1)  # (rows, r)
-        plain.append(replace(u, B=B, scale=u.scale * u.strength, magnitude=None))
-    assert alpha is not None
-    return alpha, plain
-
-
-def _over_all_rows(ratios: Tensor, u: Update, rows: int) -> Tensor:
-    """What one update multiplies each row of W by; 1 beside its region. (m,)"""
-    if not (isinstance(u.strength, float) and u.strength == 1):  # a tensor while compiling
-        ratios = (ratios - 1) * u.strength + 1
-    if u.region.rows is None:
-        return ratios
-    start, stop = u.region.rows
-    return F.pad(ratios, (start, rows - stop), value=1.0)

@@ -74,11 +74,12 @@ def composed_linear(
 ) -> Tensor:
     """x (α ∘ W + ΔW)ᵀ + bias out of torch's own operations, for tracing and function transforms.
 
-    α (m,) multiplies the rows of W first; None is 1.
+    α, (m, 1) or (1, n), multiplies W first; None is 1.
     """
-    y = F.linear(x, W, bias)  # (*, m)
-    if alpha is not None:
-        y = rescale(y, bias, alpha)
+    of_rows = alpha is not None and alpha.shape[1] == 1
+    y = F.linear(x if alpha is None or of_rows else (x * alpha[0]).to(x.dtype), W, bias)  # (*, m)
+    if alpha is not None and of_rows:
+        y = rescale(y, bias, alpha[:, 0])
     for u in updates:
         part = x if u.region.columns is None else x[..., slice(*u.region.columns)]
         if u.dropout:
@@ -93,7 +94,7 @@ def composed_linear(
 
 
 def rescale(y: Tensor, bias: Tensor | None, alpha: Tensor) -> Tensor:
-    """α ∘ (y - b) + b for y (T, m), which is y itself, bit for bit, where α is 1."""
+    """α ∘ (y - b) + b, which is y itself, bit for bit, where α is 1. Both broadcast to y."""
     wide = alpha if bias is None else alpha.to(torch.promote_types(alpha.dtype, bias.dtype))
     z = y * wide if bias is None else torch.addcmul(bias - wide * bias, y.to(wide.dtype), wide)
     return z.to(y.dtype)

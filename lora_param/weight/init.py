@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_param.targets.settings import parse_init
-from lora_param.weight.dora import row_norms, row_squares
+from lora_param.targets.settings import FROM_WEIGHT, INITIAL, Settings, parse_init
+from lora_param.weight.variants import Fresh, variant_named
 
-__all__ = ["METHODS", "initial_factors"]
+__all__ = ["METHODS", "fresh_tensors"]
 
 
 @dataclass(frozen=True)
@@ -98,56 +98,64 @@ METHODS: dict[str, Callable[[_Request], Factors]] = {
     "pissa": _pissa,
     "olora": _olora,
 }
-_FROM_WEIGHT = {"pissa", "olora"}
 
 
-def initial_factors(
+def fresh_tensors(
+    settings: Settings,
     matrix: tuple[int, ...],
-    *,
-    rank: int,
-    scale: float,
-    init: str,
     W: Callable[[], Tensor],
-    variant: str = "lora",
+    *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Fresh factors for a target.
+    """The tensors of a new target, whose update is zero.
 
     Args:
+        settings: rank, scale, initialisation and variant.
         matrix: shape of the target as a matrix (out, in), or (E, out, in) for a stack.
-        rank: rows of A and columns of B.
-        scale: what will multiply B @ A.
-        init: a name of `METHODS`; `normal` takes its standard deviation as `normal:STD`.
         W: gives the target as a matrix of that shape; called only by what starts from it.
-        variant: dora takes a magnitude as well.
-        dtype: dtype of the factors.
+        dtype: dtype of the tensors.
         device: where they live.
         generator: source of randomness; torch's own where None.
 
     Returns:
-        `lora_A` (*, rank, in) and `lora_B` (*, out, rank), for pissa and olora the equal
-        `initial_A` and `initial_B` that are subtracted, for dora the `magnitude` (*, out).
+        What `Settings.shapes` and `Settings.fixed_shapes` name.
 
     Raises:
         OptionError: no such initialisation.
     """
-    name, argument = parse_init(init)
-    *lead, rows, columns = matrix
     device = torch.device(device)
+    shapes = settings.shapes(matrix)
     if device.type == "meta":
-        shapes = {"lora_A": (*lead, rank, columns), "lora_B": (*lead, rows, rank)}
-        if name in _FROM_WEIGHT:
-            shapes |= {f"initial_{n[-1]}": shape for n, shape in shapes.items()}
-        if variant == "dora":
-            shapes["magnitude"] = (*lead, rows)
-        return {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items()}
+        every = {**shapes, **settings.fixed_shapes(matrix)}
+        return {n: torch.empty(s, dtype=dtype, device=device) for n, s in every.items()}
+
+    def weight() -> Tensor:
+        return W().detach().to(device, torch.promote_types(dtype, torch.float32))
+
+    def factors() -> dict[str, Tensor]:
+        return _initial_factors(settings, matrix, weight, dtype, device, generator)
+
+    return variant_named(settings.variant).fresh(Fresh(shapes, dtype, device, factors, weight))
+
+
+def _initial_factors(
+    settings: Settings,
+    matrix: tuple[int, ...],
+    W: Callable[[], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """`lora_A` (*, rank, in), `lora_B` (*, out, rank), and the initial pair where there is one."""
+    name, argument = parse_init(settings.init)
+    *lead, rows, columns = matrix
+    rank, scale = settings.rank, settings.scale
 
     def one(index: int | None) -> Factors:
         def weight() -> Tensor:
-            full = W().detach().to(device, torch.promote_types(dtype, torch.float32))
-            return full if index is None else full[index]
+            return W() if index is None else W()[index]
 
         return METHODS[name](
             _Request(rows, columns, rank, scale, dtype, device, generator, argument, weight)
@@ -158,11 +166,7 @@ def initial_factors(
         A, B = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
     else:
         A, B = one(None)
-    A, B = A.to(dtype), B.to(dtype)
-    factors = {"lora_A": A, "lora_B": B}
-    if name in _FROM_WEIGHT:
-        factors |= {"initial_A": A.clone(), "initial_B": B.clone()}
-    if variant == "dora":
-        squares = row_squares(W().detach().to(device, torch.promote_types(dtype, torch.float32)))
-        factors["magnitude"] = row_norms(squares).to(dtype)
-    return factors
+    found = {"lora_A": A.to(dtype), "lora_B": B.to(dtype)}
+    if name in FROM_WEIGHT:
+        found |= {initial: found[factor].clone() for initial, factor in INITIAL.items()}
+    return found

@@ -1,38 +1,36 @@
-"""ΔW from factors, and W + ΔW: pure functions on tensors.
+"""ΔW, and W + ΔW: pure functions on tensors.
 
 The same `merge` serves the parametrization and both bakes: what was trained is what ships.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.targets.regions import WHOLE, Region
-from lora_param.weight.dora import decomposed_delta
+from lora_param.weight.variants.base import Variant, compute_dtype, product
 
-__all__ = ["Update", "add_deltas", "compute_dtype", "join_factors", "merge", "update_delta"]
-__all__ += ["update_matrix"]
+__all__ = ["Deferred", "NormalForm", "Update", "add_deltas", "fold_initial", "lower_all"]
+__all__ += ["make_update", "merge"]
 
 
 @dataclass(slots=True, eq=False)
 class Update:
-    """One ΔW = scale·(B @ A) over a region of a weight.
+    """scale·(B @ A) over a region of a weight: what rules work with.
 
     Attributes:
         A: factor of shape (rank, in), or (E, rank, in) for a stack.
         B: factor of shape (out, rank), or (E, out, rank) for a stack.
-        scale: what multiplies B @ A; a 0-d tensor while compiling.
+        scale: what multiplies B @ A, strength included; a 0-d tensor while compiling.
         region: the part of the weight it adds to.
         dropout: probability with which an element of the input is dropped before A, where the
             operation shows the input.
-        magnitude: DoRA's length of each row, (out,) or (E, out); None for plain LoRA.
-        strength: multiplies DoRA's ΔW, whose `scale` is within its norm; a 0-d tensor while
-            compiling. Plain LoRA's is part of `scale`.
-        squares: what `row_squares` gives for the region of W, where it is known.
     """
 
     A: Tensor
@@ -40,55 +38,154 @@ class Update:
     scale: float
     region: Region = WHOLE
     dropout: float = 0.0
-    magnitude: Tensor | None = None
-    strength: float = 1.0
-    squares: Tensor | None = None
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What of it may be trained."""
-        return (self.A, self.B) if self.magnitude is None else (self.A, self.B, self.magnitude)
+    def trained(self) -> tuple[Tensor, ...]:
+        """The tensors through which gradients flow."""
+        return self.A, self.B
+
+    def delta(self, W: Tensor, dtype: torch.dtype) -> Tensor:
+        """ΔW in the shape of its region of W."""
+        delta = product(self.A, self.B, self.scale, dtype)
+        return delta.reshape(self.region.shape(tuple(W.shape)))
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight of `dtype` is merged: fp32, or fp64 where the weight is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@dataclass(slots=True, eq=False)
+class Deferred:
+    """An update that depends on W, to be lowered where an operation shows what it needs of W.
+
+    Attributes:
+        variant: what makes it of the tensors.
+        tensors: by name.
+        scale: alpha/rank, or what the scaling makes of both; a 0-d tensor while compiling.
+        strength: multiplies the whole update; a 0-d tensor while compiling.
+        region, dropout: as of `Update`.
+        known: what `variant.known` gives for the region of W, where W is frozen.
+    """
+
+    variant: Variant
+    tensors: Mapping[str, Tensor]
+    scale: float
+    strength: float
+    region: Region = WHOLE
+    dropout: float = 0.0
+    known: Tensor | None = None
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """The tensors through which gradients flow."""
+        return tuple(self.tensors.values())
+
+    def delta(self, W: Tensor, dtype: torch.dtype) -> Tensor:
+        """ΔW in the shape of its region of W."""
+        shape = tuple(W.shape)
+        part = W[self.region.index].to(dtype).reshape(self.region.matrix(shape))
+        delta = self.variant.delta(part, self.tensors, self.scale, self.strength)
+        return delta.reshape(self.region.shape(shape))
+
+    def lower(self, W: Tensor) -> tuple[Tensor | None, Update] | None:
+        """α, broadcastable to W, and what is added; or None where the weight has to be built.
+
+        Over a range of columns α has no such form, unless it is 1.
+        """
+        shape, region = tuple(W.shape), self.region
+        part = (
+            W if region.is_whole and W.dim() == 2 else W[region.index].reshape(region.matrix(shape))
+        )
+        lowered = self.variant.lower(part, self.tensors, self.scale, self.strength, self.known)
+        if lowered is None or (lowered.alpha is not None and region.columns is not None):
+            return None
+        alpha, A, B, scale = lowered
+        if alpha is not None:
+            if region.rows is not None:
+                start, stop = region.rows
+                alpha = F.pad(alpha, (start, shape[0] - stop), value=1.0)
+            alpha = alpha.reshape(*alpha.shape, *[1] * (W.dim() - alpha.dim()))
+        return alpha, Update(A, B, scale, region, self.dropout)
+
+    def of_rows(self, ids: Tensor) -> Deferred:
+        """The same update of rows that are gathered from the table W. ids (T,)"""
+        of_row = self.variant.by_rows
+        tensors = {n: t[ids] if n in of_row else t for n, t in self.tensors.items()}
+        known = None if self.known is None else self.known[ids]
+        return replace(self, tensors=tensors, known=known)
 
 
-def join_factors(
-    A: Tensor, B: Tensor, initial_A: Tensor | None = None, initial_B: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Factors of B @ A - initial_B @ initial_A as one pair of twice the rank.
+def make_update(
+    variant: Variant,
+    tensors: Mapping[str, Tensor],
+    scale: float,
+    strength: float,
+    region: Region = WHOLE,
+    dropout: float = 0.0,
+    known: Tensor | None = None,
+) -> Update | Deferred:
+    """The update that a target's tensors make. They hold no initial pair, see `fold_initial`."""
+    if variant.uses_W:
+        return Deferred(variant, tensors, scale, strength, region, dropout, known)
+    return Update(*variant.pair(tensors, scale, strength), region, dropout)
+
+
+def fold_initial(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors with the pair that is subtracted made part of the factors, of twice the rank.
+
+    B @ A - initial_B @ initial_A = [B, -initial_B] @ [A; initial_A].
 
     >>> A, B = torch.ones(1, 3), torch.ones(2, 1)
-    >>> A2, B2 = join_factors(A, B, A, B)
-    >>> (B2 @ A2).abs().max().item()
-    0.0
+    >>> t = fold_initial({"lora_A": A, "lora_B": B, "initial_A": A, "initial_B": B})
+    >>> list(t), (t["lora_B"] @ t["lora_A"]).abs().max().item()
+    (['lora_A', 'lora_B'], 0.0)
     """
-    if initial_A is None or initial_B is None:
-        return A, B
-    return torch.cat([A, initial_A], -2), torch.cat([B, -initial_B], -1)
+    if "initial_A" not in tensors:
+        return tensors
+    rest = {n: t for n, t in tensors.items() if not n.startswith("initial_")}
+    return {
+        **rest,
+        "lora_A": torch.cat([tensors["lora_A"], tensors["initial_A"]], -2),
+        "lora_B": torch.cat([tensors["lora_B"], -tensors["initial_B"]], -1),
+    }
 
 
-def update_matrix(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale·(B @ A), computed in `dtype` whatever autocast says. (*, out, in)
+class NormalForm(NamedTuple):
+    """α ∘ W + Σ scale·(B @ A): what every rule works on.
 
-    Both factors are made contiguous first, so that the bits do not depend on how they are stored.
+    Attributes:
+        base: W.
+        updates: what is added, in order.
+        alpha: what multiplies W, broadcastable to it; None is 1.
     """
-    device = A.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return update_matrix(A, B, scale, dtype)
-    return (B.to(dtype).contiguous() @ A.to(dtype).contiguous()) * scale
+
+    base: Tensor
+    updates: Sequence[Update]
+    alpha: Tensor | None
+
+    @property
+    def differentiable(self) -> bool:
+        """Gradients flow into W or into what is added."""
+        if self.base.requires_grad or (self.alpha is not None and self.alpha.requires_grad):
+            return True
+        return any(t.requires_grad for u in self.updates for t in (u.A, u.B))
 
 
-def update_delta(u: Update, W: Tensor, dtype: torch.dtype) -> Tensor:
-    """ΔW of one update of W, in the shape of its region."""
-    delta = update_matrix(u.A, u.B, u.scale, dtype)
-    if u.magnitude is not None:
-        part = W[u.region.index].to(dtype).reshape(delta.shape)
-        delta = decomposed_delta(part, delta, u.magnitude.to(dtype), u.strength)
-    return delta.reshape(u.region.shape(tuple(W.shape)))
+def lower_all(W: Tensor, updates: Iterable[Update | Deferred]) -> NormalForm | None:
+    """W and its updates in normal form, or None where some update has none.
+
+    Each update adds what it adds to W alone.
+    """
+    total: Tensor | None = None
+    lowered: list[Update] = []
+    for u in updates:
+        if isinstance(u, Update):
+            lowered.append(u)
+            continue
+        form = u.lower(W)
+        if form is None:
+            return None
+        alpha, plain = form
+        lowered.append(plain)
+        if alpha is not None:
+            total = alpha if total is None else total + alpha - 1
+    return NormalForm(W, lowered, total)
 
 
 def add_deltas(W: Tensor, deltas: Iterable[tuple[Region, Tensor]]) -> Tensor:
@@ -104,8 +201,8 @@ def add_deltas(W: Tensor, deltas: Iterable[tuple[Region, Tensor]]) -> Tensor:
     return merged if merged is not W else W.clone()
 
 
-def merge(W: Tensor, updates: Iterable[Update]) -> Tensor:
-    """W + ΔW of every update, added in fp32 (fp64 for fp64 weights) and rounded once to W's dtype.
+def merge(W: Tensor, updates: Iterable[Update | Deferred], alpha: Tensor | None = None) -> Tensor:
+    """α ∘ W + ΔW of every update, added in fp32 (fp64 for fp64 weights), rounded once to W's dtype.
 
     Differentiable in W and the factors. The result is always a new tensor of W's shape.
 
@@ -114,4 +211,6 @@ def merge(W: Tensor, updates: Iterable[Update]) -> Tensor:
     torch.bfloat16
     """
     dtype = compute_dtype(W.dtype)
-    return add_deltas(W, ((u.region, update_delta(u, W, dtype)) for u in updates)).to(W.dtype)
+    deltas = ((u.region, u.delta(W, dtype)) for u in updates)
+    start = W if alpha is None else W.to(dtype) * alpha
+    return add_deltas(start, deltas).to(W.dtype)

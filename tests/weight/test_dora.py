@@ -18,10 +18,11 @@ from torch.func import functional_call
 
 import lora_param as lp
 from lora_param.errors import MismatchError
-from lora_param.weight.decomposed import rescaled
+from lora_param.targets.regions import Region
 from lora_param.weight.dora import row_norms, row_ratios, row_squares
 from lora_param.weight.dropout import draw_bits, keep_probability, masks
-from lora_param.weight.update import Update
+from lora_param.weight.update import Deferred, Update, lower_all
+from lora_param.weight.variants import variant_named
 
 NAMES = ("lora_A", "lora_B", "magnitude")
 
@@ -274,12 +275,15 @@ def test_known_squares_follow_the_base() -> None:
 def test_forms_without_a_factor_for_each_row_are_declined() -> None:
     W, A, B = torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
     plain = Update(A, B, 1.0)
-    u = Update(A, B, 1.0, magnitude=torch.ones(3))
-    alpha, updates = rescaled(W, [plain, u])
-    assert updates[0] is plain
-    torch.testing.assert_close(alpha, 1 / row_norms(row_squares(W + 1)))
-    assert updates[1].magnitude is None
-    assert rescaled(W.requires_grad_(), [u]) is None
+    tensors = {"lora_A": A, "lora_B": B, "magnitude": torch.ones(3)}
+    u = Deferred(variant_named("dora"), tensors, 1.0, 1.0)
+    form = lower_all(W, [plain, u])
+    assert form.updates[0] is plain
+    torch.testing.assert_close(form.alpha[:, 0], 1 / row_norms(row_squares(W + 1)))
+    assert isinstance(form.updates[1], Update)
+    part = Deferred(u.variant, {**tensors, "lora_A": A[:, :2]}, 1.0, 1.0, Region(columns=(0, 2)))
+    assert lower_all(W, [part]) is None
+    assert lower_all(W.requires_grad_(), [u]) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from lora_param.targets.settings import INITS
-from lora_param.weight.init import METHODS, initial_factors
+from lora_param.targets.settings import INITS, Settings
+from lora_param.weight.init import METHODS, fresh_tensors
 
 
 def make(init: str, matrix: tuple[int, ...] = (48, 400), rank: int = 4, **kwargs: object):  # type: ignore[no-untyped-def]
     W = torch.randn(matrix, generator=torch.Generator().manual_seed(9))
     options = {"generator": torch.Generator().manual_seed(0), **kwargs}
-    factors = initial_factors(matrix, rank=rank, scale=2.0, init=init, W=lambda: W, **options)  # type: ignore[arg-type]
+    settings = Settings(rank=rank, alpha=2.0, scaling="constant", init=init)
+    factors = fresh_tensors(settings, matrix, lambda: W, **options)  # type: ignore[arg-type]
     return W, factors
 
 

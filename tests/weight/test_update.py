@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_param.targets.regions import Region
-from lora_param.weight.update import Update, join_factors, merge, update_matrix
+from lora_param.weight.update import Update, fold_initial, merge
+from lora_param.weight.variants.base import product
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -39,11 +40,11 @@ def test_merge_never_aliases_the_weight() -> None:
 def test_the_update_is_fp32_under_autocast_and_however_it_is_stored() -> None:
     torch.manual_seed(0)
     A, B = torch.randn(4, 33), torch.randn(65, 4)
-    expected = update_matrix(A, B, 2.0, torch.float32)
+    expected = product(A, B, 2.0, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(update_matrix(A, B, 2.0, torch.float32), expected)
+        assert torch.equal(product(A, B, 2.0, torch.float32), expected)
     strided = (A.T.contiguous().T, B.T.contiguous().T)
-    assert torch.equal(update_matrix(*strided, 2.0, torch.float32), expected)
+    assert torch.equal(product(*strided, 2.0, torch.float32), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,6 +88,7 @@ def test_merge_passes_gradcheck() -> None:
 def test_joined_factors_subtract_the_initial_ones() -> None:
     torch.manual_seed(0)
     A, B, A0, B0 = torch.randn(2, 5), torch.randn(4, 2), torch.randn(2, 5), torch.randn(4, 2)
-    joined_A, joined_B = join_factors(A, B, A0, B0)
-    torch.testing.assert_close(joined_B @ joined_A, B @ A - B0 @ A0)
-    assert join_factors(A, B) == (A, B)
+    tensors = {"lora_A": A, "lora_B": B}
+    joined = fold_initial({**tensors, "initial_A": A0, "initial_B": B0})
+    torch.testing.assert_close(joined["lora_B"] @ joined["lora_A"], B @ A - B0 @ A0)
+    assert fold_initial(tensors) is tensors

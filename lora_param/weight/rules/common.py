@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_param.weight.adapted import AdaptedWeight
-from lora_param.weight.update import Update
+from lora_param.weight.adapted import AdaptedWeight, lower
+from lora_param.weight.update import NormalForm, Update
 
 __all__ = [
     "add_into",
@@ -20,28 +20,33 @@ __all__ = [
     "dense_is_cheaper",
     "exact",
     "factors",
-    "is_lazy",
+    "lowered",
     "part",
 ]
-__all__ += ["part_of_input", "plain_updates", "stacked_updates", "tracing", "whole"]
+__all__ += ["part_of_input", "scaled_base", "stacked_updates", "tracing", "whole"]
 
 
-def plain_updates(weight: AdaptedWeight) -> bool:
-    """Every update only adds scale·(B @ A): nothing rescales the sum, as DoRA's magnitude does."""
-    for u in weight.updates:  # noqa: SIM110  each product passes here: no generator
-        if u.magnitude is not None:
-            return False
-    return True
-
-
-def stacked_updates(weight: AdaptedWeight) -> bool:
+def stacked_updates(weight: AdaptedWeight | NormalForm) -> bool:
     """The weight is a stack of matrices (E, m, n), each with factors of its own."""
     return weight.base.dim() == 3 and all(u.region.stacked for u in weight.updates)
 
 
-def is_lazy(value: Any) -> TypeGuard[AdaptedWeight]:
-    """An adapted weight that the rules of this package can work with."""
-    return isinstance(value, AdaptedWeight) and plain_updates(value)
+def lowered(value: Any) -> NormalForm | None:
+    """An adapted weight in normal form; None for anything else, and where it has none.
+
+    Computed in the dtypes that its tensors have, whatever autocast says.
+    """
+    if not isinstance(value, AdaptedWeight):
+        return None
+    if torch.is_autocast_enabled(value.base.device.type):
+        with exact(value.base.device):
+            return lower(value)
+    return lower(value)
+
+
+def scaled_base(V: NormalForm) -> Tensor:
+    """α ∘ W in W's dtype, for products that have no place for α of their own."""
+    return V.base if V.alpha is None else (V.base * V.alpha).to(V.base.dtype)
 
 
 def built(value: Any) -> Any:
@@ -107,7 +112,7 @@ def add_into(
     return y + z
 
 
-def dense_is_cheaper(weight: AdaptedWeight, rows: int, m: int, n: int) -> bool:
+def dense_is_cheaper(V: NormalForm, rows: int, m: int, n: int) -> bool:
     """Building W + ΔW costs less than `rows` passes through its factors.
 
     Counted in multiplications, with m × n the matrix and r the ranks together: the factors take
@@ -115,14 +120,14 @@ def dense_is_cheaper(weight: AdaptedWeight, rows: int, m: int, n: int) -> bool:
     own gradient besides, rows·m·n, where W itself is frozen. Low precisions are never built here,
     which would round W + ΔW, nor is a weight with dropout, whose input a built one does not see.
     """
-    low = weight.base.dtype not in (torch.float32, torch.float64)
-    if low or any(u.dropout for u in weight.updates):
+    low = V.base.dtype not in (torch.float32, torch.float64)
+    if low or any(u.dropout for u in V.updates):
         return False
-    r = sum(u.A.shape[-2] for u in weight.updates)
+    r = sum(u.A.shape[-2] for u in V.updates)
     lazy, dense = rows * r * (m + n), m * n * r
-    if torch.is_grad_enabled() and weight.differentiable:
+    if torch.is_grad_enabled() and V.differentiable:
         lazy, dense = 3 * lazy, 3 * dense
-        if not weight.base.requires_grad:
+        if not V.base.requires_grad:
             dense += rows * m * n
     return lazy > dense
 

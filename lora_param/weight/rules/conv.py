@@ -17,16 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.factored import rescale
 from lora_param.weight.rules.common import (
     add_into,
     autocast,
     built,
     dense_is_cheaper,
     factors,
-    is_lazy,
+    lowered,
     part,
     part_of_input,
 )
+from lora_param.weight.update import NormalForm
 
 __all__: list[str] = []
 
@@ -39,22 +41,26 @@ _TRANSPOSED: dict[int, _Conv] = {
 }
 
 
-def _rows(x: Tensor, weight: AdaptedWeight, stride: Any, channels: int) -> int:
+def _rows(x: Tensor, weight: NormalForm, stride: Any, channels: int) -> int:
     """About the number of positions that the kernel is put on."""
-    spatial = weight.dim() - 2
+    spatial = weight.base.dim() - 2
     steps = stride if isinstance(stride, int) else prod(stride)
     steps = steps**spatial if isinstance(stride, int) or len(stride) == 1 else steps
     return int(x.numel() // max(channels * steps, 1))
 
 
-def _applies(input: Any, weight: Any, bias: Any, groups: Any) -> bool:
-    return (
-        is_lazy(weight)
-        and not isinstance(bias, AdaptedWeight)
-        and isinstance(input, Tensor)
-        and groups == 1
-        and not any(u.region.stacked for u in weight.updates)
-    )
+def _applying(input: Any, weight: Any, bias: Any, groups: Any) -> NormalForm | None:
+    """The weight in normal form, where the rule applies."""
+    if isinstance(bias, AdaptedWeight) or not isinstance(input, Tensor) or groups != 1:
+        return None
+    if any(u.region.stacked for u in getattr(weight, "updates", ())):
+        return None
+    return lowered(weight)
+
+
+def _over_channels(t: Tensor, spatial: int) -> Tensor:
+    """A number for each channel, to be multiplied with (*, channels, S)."""
+    return t.reshape(-1, *[1] * spatial)
 
 
 def _rule(conv: _Conv, spatial: int) -> Callable[..., Any]:
@@ -70,14 +76,18 @@ def _rule(conv: _Conv, spatial: int) -> Callable[..., Any]:
         groups: int = 1,
     ) -> Any:
         """x ∗ (W + ΔW) as x ∗ W + scale·B (x ∗ A). x (*, in, S) → (*, out, S')."""
-        if not _applies(input, weight, bias, groups):
+        V = _applying(input, weight, bias, groups)
+        if V is None:
             return NotImplemented
-        x, (m, n, *k) = built(input), weight.shape
-        if dense_is_cheaper(weight, _rows(x, weight, stride, n), m, n * prod(k)):
+        x, (m, n, *k) = built(input), V.base.shape
+        if dense_is_cheaper(V, _rows(x, V, stride, n), m, n * prod(k)):
             return NotImplemented
-        x, W, bias = autocast(x, weight.base, bias)
+        x, W, bias = autocast(x, V.base, bias)
         y = conv(x, W, bias, stride, padding, dilation)  # (*, out, S')
-        for u in weight.updates:
+        if V.alpha is not None:
+            shift = None if bias is None else _over_channels(bias, spatial)
+            y = rescale(y, shift, _over_channels(V.alpha, spatial))
+        for u in V.updates:
             A, B = factors(u, x.dtype)
             A = A.reshape(A.shape[0], -1, *k)  # (r, in, k)
             h = conv(part_of_input(x, u, channel), A, None, stride, padding, dilation)  # (*, r, S')
@@ -102,14 +112,16 @@ def _transposed_rule(conv: _Conv, spatial: int) -> Callable[..., Any]:
         dilation: Any = 1,
     ) -> Any:
         """x ∗ᵀ (W + ΔW) as x ∗ᵀ W + scale·(Bᵀ x) ∗ᵀ A. x (*, in, S) → (*, out, S')."""
-        if not _applies(input, weight, bias, groups):
+        V = _applying(input, weight, bias, groups)
+        if V is None:
             return NotImplemented
-        x, (m, n, *k) = built(input), weight.shape
-        if dense_is_cheaper(weight, _rows(x, weight, 1, m), m, n * prod(k)):
+        x, (m, n, *k) = built(input), V.base.shape
+        if dense_is_cheaper(V, _rows(x, V, 1, m), m, n * prod(k)):
             return NotImplemented
-        x, W, bias = autocast(x, weight.base, bias)
-        y = conv(x, W, bias, stride, padding, output_padding, 1, dilation)  # (*, out, S')
-        for u in weight.updates:
+        x, W, bias = autocast(x, V.base, bias)
+        scaled = x if V.alpha is None else (x * _over_channels(V.alpha, spatial)).to(x.dtype)
+        y = conv(scaled, W, bias, stride, padding, output_padding, 1, dilation)  # (*, out, S')
+        for u in V.updates:
             A, B = factors(u, x.dtype)
             A = A.reshape(A.shape[0], -1, *k)  # (r, out, k)
             read = part(x, u.region.rows, channel)

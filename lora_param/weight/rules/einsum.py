@@ -17,10 +17,12 @@ from lora_param.weight.rules.common import (
     built,
     dense_is_cheaper,
     factors,
-    is_lazy,
+    lowered,
+    scaled_base,
     stacked_updates,
     whole,
 )
+from lora_param.weight.update import NormalForm
 
 __all__: list[str] = []
 
@@ -43,19 +45,21 @@ def einsum(equation: Any, *operands: Any) -> Any:
         return NotImplemented
     (first, second), out = equation.split("->")[0].split(","), equation.split("->")[1]
     x, weight = operands
-    if not is_lazy(weight):
+    after = isinstance(weight, AdaptedWeight)
+    if not after:
         (weight, x), (second, first) = operands, (first, second)
-    if not is_lazy(weight) or not whole(weight.updates):
+    V = lowered(weight)
+    if V is None or not whole(V.updates):
         return NotImplemented
-    return _contract(built(x), weight, first, second, out, equation, weight is operands[1])
+    return _contract(built(x), V, first, second, out, equation, after)
 
 
 def _contract(
-    x: Tensor, weight: AdaptedWeight, ins: str, letters: str, out: str, equation: str, after: bool
+    x: Tensor, V: NormalForm, ins: str, letters: str, out: str, equation: str, after: bool
 ) -> Any:
-    if len(letters) != weight.dim() or len(set(letters)) != len(letters):
+    if len(letters) != V.base.dim() or len(set(letters)) != len(letters):
         return NotImplemented
-    if weight.dim() != 2 and not stacked_updates(weight):
+    if V.base.dim() != 2 and not stacked_updates(V):
         return NotImplemented
     stack, p, q = letters[:-2], letters[-2], letters[-1]
     into = [d for d in (p, q) if d in ins and d not in out]  # what x and the weight sum over
@@ -65,17 +69,17 @@ def _contract(
     if len(set(names)) != len(names):
         return NotImplemented
     summed = into[0]
-    sizes = weight.shape[-1] if summed == q else weight.shape[-2]
+    sizes = V.base.shape[-1] if summed == q else V.base.shape[-2]
     shared = [e for e in stack if e in ins]
-    rows = x.numel() // max(sizes * (weight.shape[0] if shared else 1), 1)
-    if dense_is_cheaper(weight, rows, weight.shape[-2], weight.shape[-1]):
+    rows = x.numel() // max(sizes * (V.base.shape[0] if shared else 1), 1)
+    if dense_is_cheaper(V, rows, V.base.shape[-2], V.base.shape[-1]):
         return NotImplemented
     r = next(c for c in string.ascii_letters if c not in equation)
     middle = ins.replace(summed, r) + "".join(e for e in stack if e not in ins)
     other = p if summed == q else q
-    x, base = autocast(x, weight.base)
+    x, base = autocast(x, scaled_base(V))
     y = torch.einsum(equation, *((x, base) if after else (base, x)))
-    for u in weight.updates:
+    for u in V.updates:
         A, B = factors(u, y.dtype)
         A_, B_ = (A, B) if summed == q else (B.mT, A.mT)  # (*, r, summed), (*, other, r)
         part = F.dropout(x, u.dropout) if u.dropout else x

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
-from lora_param.weight.rules.common import add_into, exact, factors, is_lazy
-from lora_param.weight.update import Update
+from lora_param.weight.rules.common import add_into, exact, factors, lowered
+from lora_param.weight.update import NormalForm, Update
 
 __all__: list[str] = []
 
 _NO_DROPOUT = "dropout has no effect on an embedding: it acts on the input of A, and ids are none"
 
 
-def _is_dense(weight: AdaptedWeight, rows: int) -> bool:
+def _is_dense(weight: AdaptedWeight | NormalForm, rows: int) -> bool:
     """More rows are asked for than the table has. A low precision is not built, but rounded once
     for each product."""
     low = weight.base.dtype not in (torch.float32, torch.float64)
-    return rows > weight.shape[0] and not low
+    return rows > weight.base.shape[0] and not low
 
 
 def _rows_of_B(ids: Tensor, u: Update, B: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def _rows_of_B(ids: Tensor, u: Update, B: Tensor) -> Tensor:
     return F.embedding((ids - start).clamp(0, stop - start - 1), B) * inside.unsqueeze(-1)
 
 
-def _warn(weight: AdaptedWeight) -> None:
+def _warn(weight: AdaptedWeight | NormalForm) -> None:
     if any(u.dropout for u in weight.updates):
         warnings.warn(_NO_DROPOUT, stacklevel=4)
 
@@ -57,23 +57,66 @@ def embedding(
     `max_norm` renormalises rows in place and the two other options shape the table's own gradient:
     these build it.
     """
-    if not is_lazy(weight) or weight.dim() != 2 or isinstance(input, AdaptedWeight):
+    if not isinstance(weight, AdaptedWeight) or weight.dim() != 2:
         return NotImplemented
-    if max_norm is not None or scale_grad_by_freq or sparse or _is_dense(weight, input.numel()):
+    if max_norm is not None or scale_grad_by_freq or sparse or isinstance(input, AdaptedWeight):
         return NotImplemented
-    _warn(weight)
+    if _is_dense(weight, input.numel()):
+        return NotImplemented
     y = F.embedding(input, weight.base, padding_idx)  # (*, D)
-    padding = None
-    if padding_idx is not None and torch.is_grad_enabled():
-        padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)  # (*, 1)
     with exact(y.device):
-        for u in weight.updates:
-            A, B = factors(u, y.dtype)
-            z = _rows_of_B(input, u, B) @ A  # (*, D)
-            if padding is not None:
-                z = torch.where(padding, z.detach(), z)  # its row is read, and learns nothing
-            y = add_into(y, z, u.scale, u.region.columns, -1)
+        form = _gathered(weight, input, y)
+        if form is None:
+            return NotImplemented
+        _warn(weight)
+        alpha, parts = form
+        padding = None
+        if padding_idx is not None and torch.is_grad_enabled():
+            padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)  # (*, 1)
+        if alpha is not None:
+            y = _unlearned((y * alpha).to(y.dtype), padding)
+        for u, B in parts:
+            z = B.to(y.dtype) @ u.A.to(y.dtype)  # (*, D)
+            y = add_into(y, _unlearned(z, padding), u.scale, u.region.columns, -1)
     return y
+
+
+def _unlearned(z: Tensor, padding: Tensor | None) -> Tensor:
+    """z, through which the rows of padding learn nothing. z (*, D), padding (*, 1)"""
+    return z if padding is None else torch.where(padding, z.detach(), z)
+
+
+def _gathered(
+    weight: AdaptedWeight, ids: Tensor, rows: Tensor
+) -> tuple[Tensor | None, list[tuple[Update, Tensor]]] | None:
+    """What is added to the gathered rows of W: α (*, 1), and each update with its B[ids] (*, r).
+
+    Only these rows are lowered, where the variant can. None where the weight has to be built.
+    """
+    total: Tensor | None = weight.alpha
+    if total is not None:
+        total = F.embedding(ids, total)  # (*, 1)
+    parts: list[tuple[Update, Tensor]] = []
+    for u in weight.updates:
+        if isinstance(u, Update):
+            parts.append((u, _rows_of_B(ids, u, u.B)))
+            continue
+        by_row = bool(u.variant.by_rows) and u.region.rows is None
+        form = (
+            u.of_rows(ids.flatten()).lower(rows.flatten(0, -2)) if by_row else u.lower(weight.base)
+        )
+        if form is None:
+            return None
+        alpha, plain = form
+        if by_row:
+            parts.append((plain, plain.B.view(*ids.shape, -1)))
+            alpha = None if alpha is None else alpha.view(*ids.shape, 1)
+        else:
+            parts.append((plain, _rows_of_B(ids, plain, plain.B)))
+            alpha = None if alpha is None else F.embedding(ids, alpha)
+        if alpha is not None:
+            total = alpha if total is None else total + alpha - 1
+    return total, parts
 
 
 @implements(F.embedding_bag)
@@ -94,13 +137,14 @@ def embedding_bag(
 
     A maximum is not linear, and builds it.
     """
-    if not is_lazy(weight) or weight.dim() != 2 or isinstance(input, AdaptedWeight):
-        return NotImplemented
     if max_norm is not None or scale_grad_by_freq or sparse or mode not in ("sum", "mean"):
         return NotImplemented
-    if _is_dense(weight, input.numel()) or any(u.region.rows for u in weight.updates):
+    V = lowered(weight)
+    if V is None or V.alpha is not None or V.base.dim() != 2 or isinstance(input, AdaptedWeight):
         return NotImplemented
-    _warn(weight)
+    if _is_dense(V, input.numel()) or any(u.region.rows for u in V.updates):
+        return NotImplemented
+    _warn(V)
 
     def bags(table: Tensor) -> Tensor:
         samples = None if per_sample_weights is None else per_sample_weights.to(table.dtype)
@@ -114,9 +158,9 @@ def embedding_bag(
             padding_idx=padding_idx,
         )
 
-    y = bags(weight.base)  # (bags, D)
+    y = bags(V.base)  # (bags, D)
     with exact(y.device):
-        for u in weight.updates:
+        for u in V.updates:
             A, B = factors(u, y.dtype)
             y = add_into(y, bags(B) @ A, u.scale, u.region.columns, -1)  # (bags, D)
     return y

@@ -19,8 +19,9 @@ from lora_param.weight.rules.common import (
     built,
     dense_is_cheaper,
     factors,
-    is_lazy,
+    lowered,
     part_of_input,
+    scaled_base,
     stacked_updates,
 )
 
@@ -41,16 +42,17 @@ def grouped_mm(
     x (S, k), V (E, k, n), B (E, k, r), A (E, r, n), offs (E,) → (S, n). The rank is filled up with
     zeros to what the kernel can take.
     """
-    if not is_lazy(mat_b) or not stacked_updates(mat_b) or not isinstance(offs, Tensor):
+    V = lowered(mat_b)
+    if V is None or not stacked_updates(V) or not isinstance(offs, Tensor):
         return NotImplemented
     if bias is not None or mat_a.dim() != 2:
         return NotImplemented
-    count, k, n = mat_b.shape
-    if dense_is_cheaper(mat_b, mat_a.shape[0] // max(count, 1), k, n):
+    count, k, n = V.base.shape
+    if dense_is_cheaper(V, mat_a.shape[0] // max(count, 1), k, n):
         return NotImplemented
     x = built(mat_a)
-    y = F.grouped_mm(x, mat_b.base, offs=offs, out_dtype=out_dtype)  # (S, n)
-    for u in mat_b.updates:
+    y = F.grouped_mm(x, scaled_base(V), offs=offs, out_dtype=out_dtype)  # (S, n)
+    for u in V.updates:
         A, B = factors(u, x.dtype)
         fill = -A.shape[-2] % (_ALIGNMENT // x.element_size())
         if fill:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
-from lora_param.weight.decomposed import decomposed_linear, is_decomposed, rescaled
 from lora_param.weight.factored import composed_linear, factored_linear
-from lora_param.weight.rules.common import autocast, built, exact, plain_updates, tracing
-from lora_param.weight.update import Update
+from lora_param.weight.rules.common import autocast, built, exact, lowered, tracing
+from lora_param.weight.update import Deferred, NormalForm
 
 __all__ = ["product"]
 
@@ -25,31 +23,41 @@ def linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if weight.base.dim() != 2:
         return NotImplemented
-    x, W, updates = built(input), weight.base, weight.updates
-    if plain_updates(weight):
-        return product(x, W, bias, updates)
+    x, first = built(input), weight.updates[0] if weight.updates else None
+    if type(first) is Deferred and len(weight.updates) == 1 and not tracing():
+        y = _by_kernel(x, weight.base, bias, first)
+        if y is not None:
+            return y
+    V = lowered(weight)
+    return NotImplemented if V is None else product(x, V, bias)
+
+
+def _by_kernel(x: Tensor, W: Tensor, bias: Tensor | None, u: Deferred) -> Tensor | None:
+    """What the variant's own kernel gives, where it has one for this update."""
+    if not u.region.is_whole or u.strength != 1:
+        return None
     x, W, bias = autocast(x, W, bias)
-    with exact(x.device):  # the norms, whatever the product runs in
-        if not tracing() and is_decomposed(W, updates):
-            return decomposed_linear(x, W, bias, updates[0])
-        form = rescaled(W, updates)
-        return NotImplemented if form is None else composed_linear(x, W, bias, form[1], form[0])
+    with exact(x.device):
+        return u.variant.linear(x, W, bias, u.tensors, u.scale, u.dropout, u.known)
 
 
-def product(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
-    """x (W + ΔW)ᵀ + b in the way that fits where it runs.
+def product(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
+    """x Vᵀ + b in the way that fits where it runs.
 
     Args:
         x: input of shape (*, n).
-        W: base of shape (m, n).
+        V: of shape (m, n).
         bias: shape (m,), or None.
-        updates: what is added to W, none with a magnitude.
 
     Returns:
         Shape (*, m).
     """
+    W, updates, alpha = V
     if tracing():
-        return composed_linear(x, W, bias, updates)
+        return composed_linear(x, W, bias, updates, alpha)
     if torch.is_autocast_enabled(x.device.type):
         x, W, bias = autocast(x, W, bias)
+    if alpha is not None:  # in rows: torch itself folds x only where W trains, with other bits
+        y = composed_linear(x.reshape(-1, x.shape[-1]), W, bias, updates, alpha)
+        return y.view(*x.shape[:-1], W.shape[0])
     return factored_linear(x, W, bias, updates)

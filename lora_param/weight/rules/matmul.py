@@ -17,14 +17,15 @@ from lora_param.weight.rules.common import (
     built,
     dense_is_cheaper,
     factors,
-    is_lazy,
+    lowered,
     part_of_input,
+    scaled_base,
     stacked_updates,
     tracing,
 )
 from lora_param.weight.rules.linear import product
 from lora_param.weight.rules.views import transposed
-from lora_param.weight.update import Update
+from lora_param.weight.update import NormalForm, Update
 
 __all__: list[str] = []
 
@@ -47,23 +48,22 @@ def _dim(value: Tensor) -> int:
 # --- x @ V, V a matrix (k, n) -----------------------------------------------------------------
 
 
-def _right(x: Tensor, V: AdaptedWeight, bias: Tensor | None = None) -> Tensor:
+def _right(x: Tensor, V: NormalForm, bias: Tensor | None = None) -> Tensor:
     """x V + b with V (k, n): the linear of Vᵀ. x (*, k) → (*, n).
 
     Its A is V's Bᵀ, made contiguous because x Aᵀ takes half the time that way.
     """
     W = transposed(V)
     assert W is not None
-    updates = W.updates
     if not tracing() and x.numel() > _FEW * x.shape[-1]:
-        updates = tuple(replace(u, A=u.A.contiguous()) for u in updates)
-    return product(x, W.base, bias, updates)
+        W = W._replace(updates=[replace(u, A=u.A.contiguous()) for u in W.updates])
+    return product(x, W, bias)
 
 
 # --- what the factors add to a product that is there already ----------------------------------
 
 
-def _add_right(y: Tensor, x: Tensor, V: AdaptedWeight, alpha: float = 1.0) -> Tensor:
+def _add_right(y: Tensor, x: Tensor, V: NormalForm, alpha: float = 1.0) -> Tensor:
     """y + alpha·x ΔV. x (*, T, k), V (k, n) or (E, k, n), y (*, T, n)."""
     for u in V.updates:
         A, B = factors(u, y.dtype)
@@ -77,7 +77,7 @@ def _dropped(x: Tensor, span: tuple[int, int] | None, u: Update) -> Tensor:
     return part_of_input(x, replace(u, region=replace(u.region, rows=None, columns=span)), -1)
 
 
-def _add_left(y: Tensor, x: Tensor, V: AdaptedWeight, alpha: float = 1.0) -> Tensor:
+def _add_left(y: Tensor, x: Tensor, V: NormalForm, alpha: float = 1.0) -> Tensor:
     """y + alpha·ΔV x. V (m, k) or (E, m, k), x (*, k, T), y (*, m, T)."""
     for u in V.updates:
         A, B = factors(u, y.dtype)
@@ -86,36 +86,42 @@ def _add_left(y: Tensor, x: Tensor, V: AdaptedWeight, alpha: float = 1.0) -> Ten
     return y
 
 
-def _rows(x: Tensor, k: int, V: AdaptedWeight) -> int:
+def _rows(x: Tensor, k: int, V: NormalForm) -> int:
     """Vectors of size k in x, for each matrix of V."""
-    return x.numel() // max(k * prod(V.shape[:-2]), 1)
+    return x.numel() // max(k * prod(V.base.shape[:-2]), 1)
 
 
-def _is_dense(x: Tensor, V: AdaptedWeight, k: int) -> bool:
-    return dense_is_cheaper(V, _rows(x, k, V), V.shape[-2], V.shape[-1])
+def _is_dense(x: Tensor, V: NormalForm, k: int) -> bool:
+    return dense_is_cheaper(V, _rows(x, k, V), V.base.shape[-2], V.base.shape[-1])
 
 
 # --- rules ------------------------------------------------------------------------------------
 
 
 def _matmul(x: Any, y: Any) -> Any:
-    if is_lazy(y):
+    V = lowered(y)
+    if V is not None:
         x = built(x)
         if x.dim() == 0:
             return NotImplemented
-        if _dim(y) == 2:
-            return _right(x, y)
-        if stacked_updates(y) and x.dim() >= 2 and not _is_dense(x, y, y.shape[-2]):
-            x, base = autocast(x, y.base)
-            return _add_right(torch.matmul(x, base), x, y)
+        if V.base.dim() == 2:
+            return _right(x, V)
+        if stacked_updates(V) and x.dim() >= 2 and not _is_dense(x, V, V.base.shape[-2]):
+            x, base = autocast(x, scaled_base(V))
+            return _add_right(torch.matmul(x, base), x, V)
         return NotImplemented
-    if not is_lazy(x) or isinstance(y, AdaptedWeight) or y.dim() == 0:
+    V = lowered(x)
+    if V is None or isinstance(y, AdaptedWeight) or y.dim() == 0:
         return NotImplemented
-    if _dim(x) == 2 and y.dim() == 1:
-        return product(y, x.base, None, x.updates)
-    if (_dim(x) == 2 or stacked_updates(x)) and y.dim() >= 2 and not _is_dense(y, x, x.shape[-1]):
-        y, base = autocast(y, x.base)
-        return _add_left(torch.matmul(base, y), y, x)
+    if V.base.dim() == 2 and y.dim() == 1:
+        return product(y, V, None)
+    if (
+        (V.base.dim() == 2 or stacked_updates(V))
+        and y.dim() >= 2
+        and not _is_dense(y, V, V.base.shape[-1])
+    ):
+        y, base = autocast(y, scaled_base(V))
+        return _add_left(torch.matmul(base, y), y, V)
     return NotImplemented
 
 
@@ -174,13 +180,10 @@ def addmm(
         return NotImplemented
     if isinstance(input, AdaptedWeight) or not isinstance(input, Tensor):
         return NotImplemented
-    if (
-        is_lazy(mat2)
-        and input.dim() == 1
-        and input.shape[0] == mat2.shape[1]
-        and beta == alpha == 1
-    ):
-        return _right(built(mat1), mat2, input)
+    if input.dim() == 1 and input.shape[0] == mat2.shape[1] and beta == alpha == 1:
+        V = lowered(mat2)
+        if V is not None:
+            return _right(built(mat1), V, input)
     return _added(torch.addmm, input, mat1, mat2, beta, alpha)
 
 
@@ -208,13 +211,13 @@ def _added(
     operation: Callable[..., Tensor], input: Tensor, x: Any, y: Any, beta: Any, alpha: Any
 ) -> Any:
     """beta·input + alpha·(x y), where one of both is adapted."""
-    right = is_lazy(y)
-    V, other = (y, built(x)) if right else (x, y)
-    if not is_lazy(V) or isinstance(other, AdaptedWeight):
+    right = isinstance(y, AdaptedWeight)
+    V, other = (lowered(y), built(x)) if right else (lowered(x), y)
+    if V is None:
         return NotImplemented
-    if _is_dense(other, V, V.shape[-2] if right else V.shape[-1]):
+    if _is_dense(other, V, V.base.shape[-2] if right else V.base.shape[-1]):
         return NotImplemented
-    start, other, base = autocast(input, other, V.base)
+    start, other, base = autocast(input, other, scaled_base(V))
     if right:
         total = operation(start, other, base, beta=beta, alpha=alpha)
         return _add_right(total, other, V, alpha)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, adapted, implements
-from lora_param.weight.rules.common import is_lazy, tracing
+from lora_param.weight.rules.common import lowered, tracing
 from lora_param.weight.rules.linear import product
 
 __all__: list[str] = []
@@ -24,16 +24,15 @@ __all__: list[str] = []
 def _applies(w_ih: Any, w_hh: Any, *others: Any) -> bool:
     """Both weights are plain or can stay factored, and nothing else is adapted."""
     weights = (w_ih, w_hh)
-    return all(is_lazy(w) or not isinstance(w, AdaptedWeight) for w in weights) and not any(
-        isinstance(t, AdaptedWeight) for t in others
-    )
+    return all(
+        lowered(w) is not None or not isinstance(w, AdaptedWeight) for w in weights
+    ) and not any(isinstance(t, AdaptedWeight) for t in others)
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b. torch.compile asks no rule from within a rule, so that ours is called by name."""
-    if isinstance(weight, AdaptedWeight):
-        return product(x, weight.base, bias, weight.updates)
-    return F.linear(x, weight, bias)
+    V = lowered(weight)
+    return F.linear(x, weight, bias) if V is None else product(x, V, bias)
 
 
 @implements(torch.lstm_cell)

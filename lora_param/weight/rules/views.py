@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lora_param.targets.regions import Region
 from lora_param.weight.adapted import AdaptedWeight, adapted, implements
-from lora_param.weight.rules.common import is_lazy, stacked_updates
-from lora_param.weight.update import Update
+from lora_param.weight.rules.common import lowered, stacked_updates
+from lora_param.weight.update import Deferred, NormalForm, Update
 
 __all__ = ["transposed"]
 
@@ -24,36 +24,37 @@ __all__ = ["transposed"]
 # --- transposes -------------------------------------------------------------------------------
 
 
-def transposed(weight: AdaptedWeight) -> AdaptedWeight | None:
-    """(W + ΔW)ᵀ, or that of each matrix of a stack: (B A)ᵀ = Aᵀ Bᵀ. None where it has no factors.
+def transposed(V: NormalForm) -> NormalForm | None:
+    """The transpose, or that of each matrix of a stack: (B A)ᵀ = Aᵀ Bᵀ. None where it has no
+    factors.
 
     Shape (n, m) for (m, n), (E, n, m) for (E, m, n).
     """
-    if weight.base.dim() != 2 and not stacked_updates(weight):
+    if V.base.dim() != 2 and not stacked_updates(V):
         return None
     updates = [
         replace(
             u, A=u.B.mT, B=u.A.mT, region=Region(u.region.columns, u.region.rows, u.region.stacked)
         )
-        for u in weight.updates
+        for u in V.updates
     ]
-    return adapted(weight.base.transpose(-2, -1), updates)
+    alpha = None if V.alpha is None else V.alpha.mT
+    return NormalForm(V.base.transpose(-2, -1), updates, alpha)
 
 
-def _swapped(weight: Any, dim0: int, dim1: int) -> Any:
-    if not is_lazy(weight):
-        return NotImplemented
+def _swapped(weight: AdaptedWeight, dim0: int, dim1: int) -> Any:
     dims = weight.base.dim()
     if {dim0 % dims, dim1 % dims} != {dims - 2, dims - 1}:
         return NotImplemented
-    swapped = transposed(weight)
-    return NotImplemented if swapped is None else swapped
+    V = lowered(weight)
+    swapped = None if V is None else transposed(V)
+    return NotImplemented if swapped is None else adapted(*swapped)
 
 
 @implements(*(getattr(Tensor, name).__get__ for name in ("T", "H")), Tensor.t, torch.t)
 def transpose_matrix(weight: Any, *_: object) -> Any:
     """The transpose of a matrix."""
-    return _swapped(weight, 0, 1) if is_lazy(weight) and weight.base.dim() == 2 else NotImplemented
+    return _swapped(weight, 0, 1) if weight.base.dim() == 2 else NotImplemented
 
 
 @implements(
@@ -80,7 +81,7 @@ def permute(weight: Any, *dims: Any, **named: Any) -> Any:
     """A permutation that only swaps the last two dimensions."""
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = tuple(dims[0])
-    if named or not is_lazy(weight) or len(dims) != weight.dim():
+    if named or len(dims) != weight.dim():
         return NotImplemented
     order = [d % len(dims) for d in dims]
     n = len(order)
@@ -125,38 +126,43 @@ def _cut(u: Update, shape: tuple[int, ...], dim: int, start: int, stop: int) -> 
     return replace(u, A=A, B=B, region=Region(spans[0], spans[1]))
 
 
-def _can_cut(weight: AdaptedWeight, dim: int) -> bool:
+def _can_cut(weight: Any, dim: int) -> bool:
+    if not isinstance(weight, AdaptedWeight):
+        return False
     if stacked_updates(weight):
         return dim < 3
     return dim < min(2, weight.dim()) and not any(u.region.stacked for u in weight.updates)
 
 
-def _narrowed(weight: AdaptedWeight, base: Tensor, dim: int, start: int) -> AdaptedWeight:
-    """The part of the weight whose base is `base`, from `start` on in a dimension."""
-    stop = start + base.shape[dim]
-    if start == 0 and stop == weight.base.shape[dim]:
-        return adapted(base, weight.updates)
-    shape = tuple(weight.base.shape)
-    cuts = [_cut(u, shape, dim, start, stop) for u in weight.updates]
-    return adapted(base, [u for u in cuts if u is not None])
+def _narrowed(V: NormalForm, base: Tensor, dim: int, start: int) -> AdaptedWeight:
+    """The part of V whose base is `base`, from `start` on in a dimension."""
+    stop, alpha = start + base.shape[dim], V.alpha
+    if start == 0 and stop == V.base.shape[dim]:
+        return adapted(base, V.updates, alpha)
+    shape = tuple(V.base.shape)
+    cuts = [_cut(u, shape, dim, start, stop) for u in V.updates]
+    if alpha is not None and alpha.shape[dim] > 1:
+        alpha = alpha.narrow(dim, start, base.shape[dim])
+    return adapted(base, [u for u in cuts if u is not None], alpha)
 
 
 @implements(Tensor.narrow, torch.narrow)
 def narrow(input: Any, dim: Any, start: Any, length: int) -> Any:
     """Rows or columns."""
-    if not is_lazy(input) or not all(isinstance(i, int) for i in (dim, start)):
+    if not all(isinstance(i, int) for i in (dim, start)):
         return NotImplemented
     dim %= input.dim()
-    if not _can_cut(input, dim):
+    V = lowered(input) if _can_cut(input, dim) else None
+    if V is None:
         return NotImplemented
-    base = input.base.narrow(dim, start, length)
-    return _narrowed(input, base, dim, start % max(input.base.shape[dim], 1))
+    base = V.base.narrow(dim, start, length)
+    return _narrowed(V, base, dim, start % max(V.base.shape[dim], 1))
 
 
-def _pieces(weight: AdaptedWeight, bases: Sequence[Tensor], dim: int) -> tuple[AdaptedWeight, ...]:
+def _pieces(V: NormalForm, bases: Sequence[Tensor], dim: int) -> tuple[AdaptedWeight, ...]:
     pieces, start = [], 0
     for base in bases:
-        pieces.append(_narrowed(weight, base, dim, start))
+        pieces.append(_narrowed(V, base, dim, start))
         start += base.shape[dim]
     return tuple(pieces)
 
@@ -164,9 +170,10 @@ def _pieces(weight: AdaptedWeight, bases: Sequence[Tensor], dim: int) -> tuple[A
 @implements(Tensor.chunk, torch.chunk)
 def chunk(input: Any, chunks: Any, dim: int = 0) -> Any:
     """Equal parts."""
-    if not is_lazy(input) or not _can_cut(input, dim % input.dim()):
+    V = lowered(input) if _can_cut(input, dim % input.dim()) else None
+    if V is None:
         return NotImplemented
-    return _pieces(input, input.base.chunk(chunks, dim), dim % input.dim())
+    return _pieces(V, V.base.chunk(chunks, dim), dim % V.base.dim())
 
 
 @implements(Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes)
@@ -174,10 +181,11 @@ def split(tensor: Any, split_size_or_sections: Any = None, dim: int = 0, **named
     """Parts of given sizes."""
     if named or split_size_or_sections is None:
         return NotImplemented
-    if not is_lazy(tensor) or not _can_cut(tensor, dim % tensor.dim()):
+    V = lowered(tensor) if _can_cut(tensor, dim % tensor.dim()) else None
+    if V is None:
         return NotImplemented
-    parts = torch.split(tensor.base, split_size_or_sections, dim)
-    return _pieces(tensor, parts, dim % tensor.dim())
+    parts = torch.split(V.base, split_size_or_sections, dim)
+    return _pieces(V, parts, dim % V.base.dim())
 
 
 # --- indices ----------------------------------------------------------------------------------
@@ -187,14 +195,21 @@ def _of_stack(weight: AdaptedWeight, index: Any) -> AdaptedWeight:
     """One matrix of a stack, or a stack of those that a tensor names."""
     base = weight.base[index]
     region = Region(stacked=base.dim() == 3)
-    updates = [replace(u, A=u.A[index], B=u.B[index], region=region) for u in weight.updates]
-    return adapted(base, updates)
+    updates: list[Update | Deferred] = []
+    for u in weight.updates:
+        if isinstance(u, Update):
+            updates.append(replace(u, A=u.A[index], B=u.B[index], region=region))
+        else:
+            tensors = {n: t[index] for n, t in u.tensors.items()}
+            known = None if u.known is None else u.known[index]
+            updates.append(replace(u, tensors=tensors, known=known, region=region))
+    return adapted(base, updates, None if weight.alpha is None else weight.alpha[index])
 
 
 @implements(Tensor.select, torch.select)
 def select(input: Any, dim: Any, index: Any) -> Any:
     """One matrix of a stack."""
-    if not is_lazy(input) or not stacked_updates(input) or dim not in (0, -3):
+    if not stacked_updates(input) or dim not in (0, -3):
         return NotImplemented
     return _of_stack(input, index) if isinstance(index, int) else NotImplemented
 
@@ -202,13 +217,9 @@ def select(input: Any, dim: Any, index: Any) -> Any:
 @implements(Tensor.unbind, torch.unbind)
 def unbind(input: Any, dim: int = 0) -> Any:
     """The matrices of a stack."""
-    if not is_lazy(input) or not stacked_updates(input) or dim not in (0, -3):
+    if not stacked_updates(input) or dim not in (0, -3):
         return NotImplemented
-    parts = [(u, u.A.unbind(), u.B.unbind()) for u in input.updates]
-    return tuple(
-        adapted(W, [replace(u, A=A[e], B=B[e], region=Region()) for u, A, B in parts])
-        for e, W in enumerate(input.base.unbind())
-    )
+    return tuple(_of_stack(input, e) for e in range(len(input.base)))
 
 
 def _names_matrices(index: Any) -> bool:
@@ -222,7 +233,7 @@ def _names_matrices(index: Any) -> bool:
 @implements(Tensor.__getitem__)
 def getitem(weight: Any, index: Any) -> Any:
     """Slices of step one along rows and columns; matrices of a stack by number."""
-    if not is_lazy(weight):
+    if not isinstance(weight, AdaptedWeight):
         return NotImplemented
     indices = list(index) if isinstance(index, tuple) else [index]
     if sum(i is Ellipsis for i in indices) == 1:
@@ -242,7 +253,8 @@ def getitem(weight: Any, index: Any) -> Any:
         if not isinstance(item, slice) or not _can_cut(weight, dim):
             return NotImplemented
         start, stop, step = item.indices(weight.base.shape[dim])
-        if step != 1 or stop <= start:
+        V = lowered(weight)
+        if step != 1 or stop <= start or V is None:
             return NotImplemented
-        weight = _narrowed(weight, weight.base.narrow(dim, start, stop - start), dim, start)
+        weight = _narrowed(V, V.base.narrow(dim, start, stop - start), dim, start)
     return weight

@@ -1,0 +1,155 @@
+"""What a variant is: tensors that train, and how they make an update of W.
+
+Every variant has one normal form, α ∘ W + s·(B @ A), with α a factor for each row of W (None is 1).
+`delta` defines the update and serves every built weight, live and in files; `lower` gives the
+normal form, which products use without building the weight. Both must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Fresh", "Lowered", "Tensors", "Variant", "compute_dtype", "product"]
+
+Tensors = Mapping[str, Tensor]
+
+
+class Lowered(NamedTuple):
+    """α ∘ W + scale·(B @ A), for a matrix W (m, n) or a stack of them (E, m, n).
+
+    Attributes:
+        alpha: what multiplies each row of W, (*, m); None is 1.
+        A: shape (*, r, n).
+        B: shape (*, m, r).
+        scale: what multiplies B @ A; a 0-d tensor while compiling.
+    """
+
+    alpha: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What a variant's fresh tensors can be made of.
+
+    Attributes:
+        shapes: of the tensors that train, by name.
+        dtype: their dtype.
+        device: where they live.
+        factors: gives `lora_A` and `lora_B` as the settings initialise them, and for pissa and
+            olora the initial pair that is subtracted.
+        W: gives the target as a matrix (*, m, n), in fp32 at least.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    device: torch.device
+    factors: Callable[[], dict[str, Tensor]]
+    W: Callable[[], Tensor]
+
+    def zeros(self, name: str) -> Tensor:
+        """The tensor of this name, zero."""
+        return torch.zeros(self.shapes[name], dtype=self.dtype, device=self.device)
+
+
+class Variant:  # its methods are defaults, which have no use for all they are given
+    """A way of making an update out of tensors; derive from it, override what differs.
+
+    Attributes:
+        uses_W: the update depends on W, be it on its shape alone, and is made where W is at hand,
+            by `lower` and `delta`; otherwise `pair` makes it.
+        by_rows: names of the tensors whose first dimension is the rows of W, where each row of the
+            update depends on that row of W and of these tensors alone; empty where it does not.
+            A gather from a table lowers the gathered rows only.
+    """
+
+    uses_W = True
+    by_rows: tuple[str, ...] = ()
+
+    def fresh(self, make: Fresh) -> dict[str, Tensor]:
+        """Tensors of a new adapter, whose update is zero."""
+        return make.factors()
+
+    def pair(self, tensors: Tensors, scale: float, strength: float) -> tuple[Tensor, Tensor, float]:
+        """A, B and what multiplies B @ A, of a variant that does not use W."""
+        raise NotImplementedError
+
+    def lower(
+        self,
+        W: Tensor,
+        tensors: Tensors,
+        scale: float,
+        strength: float,
+        known: Tensor | None = None,
+    ) -> Lowered | None:
+        """The normal form, or None where there is none: the weight is built.
+
+        Args:
+            W: the target as a matrix (*, m, n), in its own dtype.
+            tensors: what trains, by name, and nothing else.
+            scale: alpha/rank, or what the scaling makes of both. Like the strength a 0-d tensor
+                while compiling.
+            strength: multiplies the whole update.
+            known: what `known` gives for W, where W is frozen.
+        """
+        raise NotImplementedError
+
+    def delta(self, W: Tensor, tensors: Tensors, scale: float, strength: float) -> Tensor:
+        """ΔW of shape (*, m, n), computed in W's dtype.
+
+        Args: as for `lower`; W has been cast to the dtype of the merge.
+        """
+        lowered = self.lower(W, tensors, scale, strength)
+        assert lowered is not None
+        return product(lowered.A, lowered.B, lowered.scale, W.dtype)
+
+    def known(self, W: Tensor) -> Tensor | None:
+        """What `lower` needs of W alone, to be kept while W does not change. W (*, m, n)."""
+        return None
+
+    def linear(
+        self,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        tensors: Tensors,
+        scale: float,
+        dropout: float,
+        known: Tensor | None,
+    ) -> Tensor | None:
+        """x W'ᵀ + b by a kernel of its own, or None where it has none.
+
+        Asked for an update of a whole matrix at full strength, the only one on it, in eager mode.
+
+        Args:
+            x: shape (*, n).
+            W: shape (m, n), in x's dtype.
+            bias: shape (m,), or None.
+            tensors, scale, known: as for `lower`.
+            dropout: on the input of A.
+        """
+        return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight of `dtype` is merged: fp32, or fp64 where the weight is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale·(B @ A), computed in `dtype` whatever autocast says. (*, out, in)
+
+    Both factors are made contiguous first, so that the bits do not depend on how they are stored.
+    """
+    device = A.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return product(A, B, scale, dtype)
+    return (B.to(dtype).contiguous() @ A.to(dtype).contiguous()) * scale
