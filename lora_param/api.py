@@ -235,9 +235,10 @@ def _live_stats(model: nn.Module, adapter: object, norms: bool, progress: Progre
 
 def _live_array(model: nn.Module) -> Any:
     from lora_param.model.sites import base_tensors
+    from lora_param.weight.base import dense
 
     tensors = base_tensors(model)
-    return lambda name: as_array(tensors[name])
+    return lambda name: as_array(dense(tensors[name]))
 
 
 def enable(

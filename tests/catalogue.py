@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from packed import Int8Rows, PackedNet
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -27,11 +28,34 @@ class Case:
     targets: list[str]
     inputs: Callable[[], tuple[Any, ...]]
     rank: int = 2
+    variant: str = "lora"
+    init: str = "kaiming"
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.float32
+    adapters: tuple[str, ...] = ("default",)
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        """Of an output against the reference's."""
+        if self.dtype.itemsize < 4:
+            return {"rtol": 4e-2, "atol": 4e-2}
+        return {"rtol": 1e-4, "atol": 1e-5}
+
+    @property
+    def exact_weights(self) -> bool:
+        """The reference's arithmetic is the library's own, operation for operation. DoRA's norms
+        are added up in another order, and so are an initial pair and a second adapter."""
+        return self.variant != "dora" and self.init == "kaiming" and len(self.adapters) == 1
+
+    @property
+    def exact_when_fresh(self) -> bool:
+        """A fresh adapter changes no bit: not where an update is a difference of equals."""
+        return self.init == "kaiming"
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
-        model = self.make()
+        model = self.make().to(self.dtype)
         with torch.no_grad():
             for p in model.parameters():
                 if p.is_floating_point():
@@ -39,7 +63,17 @@ class Case:
         return model
 
     def apply(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        return lp.apply(model, self.targets, rank=self.rank, **{**self.kwargs, **kwargs})
+        options = {
+            "rank": self.rank,
+            "variant": self.variant,
+            "init": self.init,
+            "dropout": self.dropout,
+            **self.kwargs,
+            **kwargs,
+        }
+        for adapter in [kwargs["adapter"]] if "adapter" in kwargs else self.adapters:
+            lp.apply(model, self.targets, **{**options, "adapter": adapter})
+        return model
 
     def adapted(self) -> nn.Module:
         """The model with factors that are not zero."""
@@ -47,7 +81,7 @@ class Case:
 
     def data(self) -> tuple[Any, ...]:
         torch.manual_seed(1)
-        return self.inputs()
+        return tuple(d.to(self.dtype) if d.is_floating_point() else d for d in self.inputs())
 
 
 class Bare(nn.Module):
@@ -281,20 +315,38 @@ CASES = [
     Case("gru-cell", GruCell, ["cell.weight_ih", "cell.weight_hh"], _x(4, 3, 5)),
     Case("rslora", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), kwargs={"scaling": "rslora"}),
     Case("constant", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), kwargs={"scaling": "constant"}),
-    Case(
-        "double",
-        lambda: nn.Linear(7, 5).double(),
-        ["weight"],
-        lambda: (torch.randn(3, 7).double(),),
-    ),
+    Case("double", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), dtype=torch.float64),
+    Case("packed-base", PackedNet, ["table", "fc", "bare"], _ids(2, 4)),
 ]
 _DECOMPOSED = """linear linear-4d-input linear-rows linear-columns linear-parts mlp embedding conv2d
 conv2d-rows conv2d-grouped conv-transpose mha mha-q-and-v encoder lstm bare-stack tied-together
 tied-apart experts packed-parts rslora double"""
-CASES += [
-    replace(case, name=f"{case.name}-dora", kwargs={**case.kwargs, "variant": "dora"})
-    for case in CASES
-    if case.name in _DECOMPOSED.split()
+_OTHERS = """linear linear-rows linear-block mlp embedding embedding-pad conv2d conv2d-grouped
+conv-transpose mha mha-q-and-v encoder lstm gru-cell bare-stack tied-together tied-apart experts packed
+packed-parts packed-base"""
+
+
+def _also(names: str, label: str, **fields: Any) -> list[Case]:
+    chosen = [case for case in PLAIN if case.name in names.split()]
+    assert len(chosen) == len(names.split())
+    return [replace(case, name=f"{case.name}-{label}", **fields) for case in chosen]
+
+
+PLAIN = CASES
+CASES = [
+    *PLAIN,
+    *_also(f"{_DECOMPOSED} packed-base embedding-pad", "dora", variant="dora"),
+    *_also(_OTHERS, "miss", variant="miss"),
+    *_also("linear mlp embedding conv2d mha encoder lstm experts", "bf16", dtype=torch.bfloat16),
+    *_also("linear mlp", "half", dtype=torch.float16),
+    *_also("linear mlp conv2d", "dora-bf16", dtype=torch.bfloat16, variant="dora"),
+    *_also("linear mlp conv2d mha encoder experts bare-stack", "dropout", dropout=0.3),
+    *_also("linear conv2d mha", "dora-dropout", dropout=0.3, variant="dora"),
+    *_also("linear mlp conv2d bare-stack embedding mha packed-base", "pissa", init="pissa"),
+    *_also("linear mlp conv2d bare-stack embedding mha", "olora", init="olora"),
+    *_also("linear embedding", "dora-pissa", init="pissa", variant="dora"),
+    *_also("linear mlp embedding conv2d mha experts packed-base", "two", adapters=("default", "b")),
+    *_also("linear conv2d embedding", "dora-two", adapters=("default", "b"), variant="dora"),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -308,26 +360,43 @@ def randomize(model: nn.Module, std: float = 0.3) -> nn.Module:
     return model
 
 
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """A plain model's state dict, with packed weights as the numbers that they stand for."""
+    state = model.state_dict()
+    return {k: v.dequantize() if isinstance(v, Int8Rows) else v.clone() for k, v in state.items()}
+
+
+def reference_delta(tensors: dict[str, Tensor], scale: float, W: Tensor) -> Tensor:
+    """ΔW over the matrix W (*, out, in), as its variant defines it, by plain torch."""
+    if "lora_M" in tensors:
+        M = tensors["lora_M"]  # (*, rank, out)
+        blocks = -(-W.shape[-1] // M.shape[-2])
+        repeated = M.mT.repeat(*[1] * (M.dim() - 1), blocks)  # (*, out, ≥ in)
+        return scale * repeated[..., : W.shape[-1]]
+    update = scale * (tensors["lora_B"] @ tensors["lora_A"])
+    if "initial_A" in tensors:
+        update = update - scale * (tensors["initial_B"] @ tensors["initial_A"])
+    if "magnitude" not in tensors:
+        return update
+    V = W + update
+    return tensors["magnitude"][..., None] * V / V.norm(dim=-1, keepdim=True) - W
+
+
 def reference_weight(
-    W: Tensor, slice_text: str, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None
+    W: Tensor, slice_text: str, tensors: dict[str, Tensor], scale: float
 ) -> Tensor:
-    """W + scale·(B @ A) on a slice, in the dtype of the factors, by plain torch; with a magnitude
-    the rows of that are given these lengths."""
-    merged = W.to(A.dtype).clone()
-
-    def decomposed(V: Tensor) -> Tensor:
-        if magnitude is None:
-            return V
-        rows = V.reshape(*magnitude.shape, -1)
-        return (magnitude[..., None] * rows / rows.norm(dim=-1, keepdim=True)).reshape(V.shape)
-
+    """W + ΔW on a slice, in the dtype of the factors."""
+    merged = W.to(next(iter(tensors.values())).dtype).clone()
     if slice_text in ("", "[*]"):
-        return decomposed(merged + scale * (B @ A).reshape(W.shape))
+        matrix = merged.reshape(*W.shape[: 2 if slice_text else 1], -1)
+        return merged + reference_delta(tensors, scale, matrix).reshape(W.shape)
     rows, _, columns = slice_text.strip("[]").partition(",")
     index = tuple(
         slice(*(int(v) if v else None for v in part.split(":"))) for part in (rows, columns) if part
     )
-    merged[index] = decomposed(merged[index] + scale * (B @ A).reshape(merged[index].shape))
+    part = merged[index]
+    delta = reference_delta(tensors, scale, part.reshape(part.shape[0], -1))
+    merged[index] = part + delta.reshape(part.shape)
     return merged
 
 
@@ -335,28 +404,31 @@ def reference_weights(
     model: nn.Module,
     base: dict[str, Tensor],
     factors: dict[str, Tensor] | None = None,
-    adapter: str = "default",
+    adapters: tuple[str, ...] = ("default",),
 ) -> dict[str, Tensor]:
-    """Name → W + ΔW of the adapter on `model`, over a plain model's parameters.
+    """Name → W + ΔW of the adapters on `model`, over a plain model's parameters, not yet rounded.
 
-    `factors` may stand in for the adapter's own, so that gradients can be taken to them.
+    `factors` may stand in for the adapters' own (by adapter and key), so that gradients can be
+    taken to them.
     """
-    record = lp.get_adapter(model, adapter)
-    tensors = factors or dict(record.tensors)
     weights: dict[str, Tensor] = {}
-    for key, target in record.targets.items():
-        name, slice_text = re.fullmatch(r"(.*?)(\[[^\]]*\])?", key).groups(default="")
-        W = weights.get(name, base[name])
-        new = reference_weight(
-            W,
-            slice_text,
-            tensors[f"{key}.lora_A"],
-            tensors[f"{key}.lora_B"],
-            target.scale,
-            tensors.get(f"{key}.magnitude"),
-        )
-        for n in (name, *target.also):
-            weights[n] = new
+    for adapter in adapters:
+        record = lp.get_adapter(model, adapter)
+        for key, target in record.targets.items():
+            name, slice_text = re.fullmatch(r"(.*?)(\[[^\]]*\])?", key).groups(default="")
+            tensors = record.factors(key)
+            if factors is not None:
+                tensors |= {
+                    n: factors[f"{adapter}:{key}.{n}"]
+                    for n in tensors
+                    if f"{adapter}:{key}.{n}" in factors
+                }
+            W = base[name]
+            new = reference_weight(W, slice_text, tensors, target.scale)
+            if name in weights:  # each adds what it adds to W alone
+                new = weights[name] + (new - W)
+            for n in (name, *target.also):
+                weights[n] = new
     return weights
 
 
@@ -367,5 +439,7 @@ def reference_output(
     plain = case.build().train(model.training)
     plain.requires_grad_(False)
     base = {n: p.detach() for n, p in plain.named_parameters(remove_duplicate=False)}
-    weights = reference_weights(model, base, factors)
+    base = {n: p.dequantize() if isinstance(p, Int8Rows) else p for n, p in base.items()}
+    weights = reference_weights(model, base, factors, case.adapters)
+    weights = {n: w.to(case.dtype) for n, w in weights.items()}
     return functional_call(plain, {**base, **weights}, data, tie_weights=False)

@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from catalogue import CASES, Case, randomize, reference_output, reference_weights
+from catalogue import (
+    CASES,
+    Case,
+    dense_state,
+    randomize,
+    reference_output,
+    reference_weights,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_param as lp
+from lora_param.model.sites import adapter_names
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -22,15 +30,15 @@ def run(model: nn.Module, data: tuple[Tensor, ...]) -> Tensor:
 
 
 def plain_state(case: Case) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in case.build().state_dict().items()}
+    return dense_state(case.build())
 
 
 def same(found: Tensor, expected: Tensor, case: Case) -> None:
-    """Bit for bit, but for DoRA's norms, which the reference adds up in another order."""
-    if "dora" in case.name:
-        torch.testing.assert_close(found, expected)
-    else:
+    """Bit for bit, where the reference computes as the library does."""
+    if case.exact_weights:
         assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected)
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -45,25 +53,28 @@ def test_law_1_fresh_adapter_changes_nothing(case: Case, training: bool) -> None
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     for target in lp.get_adapter(model).targets.values():
         parameters[target.target.name].requires_grad_()  # attention chooses its kernel by this
-    assert torch.equal(run(model, data), run(plain, data))
+    if case.exact_when_fresh:
+        assert torch.equal(run(model, data), run(plain, data))
+    else:
+        torch.testing.assert_close(run(model, data), run(plain, data), **case.tolerance)
 
 
 @every_case
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_law_2_value_equals_a_plain_weight(case: Case, training: bool) -> None:
-    data, model = case.data(), case.adapted().train(training)
+    data, model = case.data(), case.adapted().train(training and not case.dropout)
     with torch.no_grad():
         torch.testing.assert_close(
-            run(model, data), reference_output(case, model, data), rtol=1e-4, atol=1e-5
+            run(model, data), reference_output(case, model, data), **case.tolerance
         )
     torch.testing.assert_close(
-        run(model, data), reference_output(case, model, data), rtol=1e-4, atol=1e-5
+        run(model, data), reference_output(case, model, data), **case.tolerance
     )
 
 
 @every_case
 def test_law_2_gradients_equal_a_plain_weights(case: Case) -> None:
-    data, model = case.data(), case.adapted()
+    data, model = case.data(), case.adapted().train(not case.dropout)
     data = tuple(d.requires_grad_() if d.is_floating_point() else d for d in data)
     run(model, data).square().sum().backward()
     grads = {k: p.grad for k, p in _live_factors(model).items()}
@@ -74,23 +85,36 @@ def test_law_2_gradients_equal_a_plain_weights(case: Case) -> None:
     reference_output(case, model, again, factors).square().sum().backward()
     for key, factor in factors.items():
         assert grads[key] is not None, key
-        torch.testing.assert_close(grads[key], factor.grad, rtol=1e-3, atol=1e-5)
+        _gradients_agree(grads[key], factor.grad, case)
     for found, expected in zip(
         input_grads, [d.grad for d in again if d.is_floating_point()], strict=True
     ):
+        _gradients_agree(found, expected, case)
+
+
+def _gradients_agree(found: Tensor, expected: Tensor, case: Case) -> None:
+    if case.dtype.itemsize < 4:  # elements cancel: against the size of the whole
+        difference = (found.float() - expected.float()).norm()
+        assert difference <= 0.08 * expected.float().norm()
+    else:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def _live_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Target key and factor name → the live parameter, found through the record's storage."""
+    """Adapter, target key and factor name → the live parameter, found by the record's storage."""
     live = {p.data_ptr(): p for p in lp.parameters(model)}
-    return {k: live[t.data_ptr()] for k, t in lp.get_adapter(model).tensors.items()}
+    return {
+        f"{adapter}:{k}": live[t.data_ptr()]
+        for adapter in adapter_names(model)
+        for k, t in lp.get_adapter(model, adapter).tensors.items()
+        if t.data_ptr() in live
+    }
 
 
 @every_case
 def test_law_2_weight_reads_as_the_sum(case: Case) -> None:
-    model, base = case.adapted(), plain_state(case)
-    for name, expected in reference_weights(model, base).items():
+    model, base = case.adapted().eval(), plain_state(case)
+    for name, expected in reference_weights(model, base, adapters=case.adapters).items():
         owner, _, tensor = name.rpartition(".")
         weight = getattr(model.get_submodule(owner), tensor)
         assert isinstance(weight, torch.Tensor)
@@ -103,7 +127,7 @@ def test_law_2_weight_reads_as_the_sum(case: Case) -> None:
 @every_case
 def test_law_3_disabled_is_the_base_after_training(case: Case) -> None:
     data = case.data()
-    expected = run(frozen(case.build()), data)
+    expected = run(frozen(case.build()).train(not case.dropout), data)
     model = case.adapted()
     optimizer = torch.optim.Adam(lp.parameters(model), lr=0.01)
     for _ in range(3):
@@ -112,6 +136,7 @@ def test_law_3_disabled_is_the_base_after_training(case: Case) -> None:
         optimizer.step()
         lp.disable(model)
         lp.enable(model)
+    model.train(not case.dropout)
     before = run(model, data)
     with lp.disabled(model):
         assert torch.equal(run(model, data), expected)
@@ -146,7 +171,8 @@ def test_training_changes_the_factors_alone_and_lowers_the_loss(case: Case) -> N
 @every_case
 def test_law_4_live_bake_rounds_once(case: Case) -> None:
     model, base = case.adapted(), plain_state(case)
-    expected = {n: w.to(base[n].dtype) for n, w in reference_weights(model, base).items()}
+    references = reference_weights(model, base, adapters=case.adapters)
+    expected = {n: w.to(base[n].dtype) for n, w in references.items()}
     merged = lp.merged_state_dict(model)
     identity = dict(case_parameters(model))
     baked = lp.bake(model).state_dict()
@@ -154,7 +180,7 @@ def test_law_4_live_bake_rounds_once(case: Case) -> None:
     for name, value in baked.items():
         same(value, expected.get(name, base[name]), case)
         assert torch.equal(value, merged[name]), name
-    if "apart" not in case.name:
+    if "apart" not in case.name and "packed-base" not in case.name:  # which get a base of their own
         assert all(dict(model.named_parameters())[n] is p for n, p in identity.items())
     assert not any("Parametrized" in type(m).__name__ for m in model.modules())
 
@@ -179,11 +205,10 @@ def test_law_4_file_bake_gives_the_same_bits(case: Case, tmp_path: Path) -> None
     if tied:
         torch.save(plain.state_dict(), tmp_path / "base.pt")
     else:
-        save_file(plain.state_dict(), tmp_path / "base.safetensors")
+        save_file(dense_state(plain), tmp_path / "base.safetensors")
     suffix = "pt" if tied else "safetensors"
-    lp.save(model, tmp_path / "adapter.safetensors")
     out = tmp_path / f"baked.{suffix}"
-    lp.bake_checkpoint(tmp_path / f"base.{suffix}", tmp_path / "adapter.safetensors", out)
+    lp.bake_checkpoint(tmp_path / f"base.{suffix}", save_all(case, model, tmp_path), out)
     baked = torch.load(out, weights_only=True) if tied else load_file(out)
     live = lp.bake(model).state_dict()
     assert set(baked) == set(live)
@@ -213,29 +238,41 @@ def test_law_5_remove_restores(case: Case) -> None:
     assert lp.parameters(model)
 
 
+def save_all(case: Case, model: nn.Module, directory: Path) -> list[Path]:
+    """A file for each adapter."""
+    return [lp.save(model, directory / f"{name}.safetensors", name) for name in case.adapters]
+
+
+def load_all(case: Case, model: nn.Module, directory: Path) -> nn.Module:
+    for name in case.adapters:
+        lp.load(model, directory / f"{name}.safetensors", name)
+    return model
+
+
 @every_case
 def test_law_6_save_and_load_is_the_identity(case: Case, tmp_path: Path) -> None:
-    data, model = case.data(), case.adapted()
-    path = tmp_path / "adapter.safetensors"
+    data, model = case.data(), case.adapted().eval()
     lp.set_scale(model, 0.5)
-    lp.save(model, path)
-    fresh = lp.load(case.build(), path)
+    files = save_all(case, model, tmp_path)
+    fresh = load_all(case, case.build(), tmp_path).eval()
     assert torch.equal(run(fresh, data), run(model, data))
-    into = lp.load(case.apply(case.build()), path)
+    into = load_all(case, case.apply(case.build()), tmp_path).eval()
     assert torch.equal(run(into, data), run(model, data))
     for loaded in (fresh, into):
-        assert lp.get_adapter(loaded).targets == lp.get_adapter(model).targets
+        for name in case.adapters:
+            assert lp.get_adapter(loaded, name).targets == lp.get_adapter(model, name).targets
         assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
             n for n, p in model.named_parameters() if p.requires_grad
         }
-    second = tmp_path / "again.safetensors"
-    lp.save(fresh, second)
-    assert second.read_bytes() == path.read_bytes()
+    again = tmp_path / "again"
+    again.mkdir()
+    for file, second in zip(files, save_all(case, fresh, again), strict=True):
+        assert second.read_bytes() == file.read_bytes()
 
 
 @every_case
 def test_copies_and_pickles_stand_on_their_own(case: Case) -> None:
-    data, model = case.data(), case.adapted()
+    data, model = case.data(), case.adapted().train(not case.dropout)
     run(model, data).square().sum().backward()
     model.zero_grad()
     expected, base = run(model, data), run(frozen(case.build()), data)
@@ -279,11 +316,11 @@ def test_two_adapters_add_up(case: Case) -> None:
         for p in lp.parameters(model, "second"):
             p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
     base = plain_state(case)
-    first = reference_weights(model, base)
-    second = reference_weights(model, base, adapter="second")
+    first = reference_weights(model, base, adapters=case.adapters)
+    second = reference_weights(model, base, adapters=("second",))
     merged = lp.merged_state_dict(model)
     for name, W in base.items():
         expected = W + (first.get(name, W) - W) + (second.get(name, W) - W)
         torch.testing.assert_close(merged[name], expected.to(W.dtype))
     lp.remove(model, "second")
-    assert torch.equal(run(model, data), run(case.adapted(), data))
+    assert torch.equal(run(model.eval(), data), run(case.adapted().eval(), data))

@@ -33,6 +33,7 @@ from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import canonical_name, weights_of
 from lora_param.weight.adapted import AdaptedWeight
+from lora_param.weight.base import dense, logical_dtype
 from lora_param.weight.init import fresh_tensors
 from lora_param.weight.variants.base import compute_dtype
 
@@ -167,7 +168,7 @@ def _fresh_factors(
         planned.settings,
         planned.matrix,
         lambda: _base_of(owner, tensor)[region.index].reshape(planned.matrix),
-        dtype=compute_dtype(W.dtype),
+        dtype=compute_dtype(logical_dtype(W)),
         device=W.device,
         generator=generator,
     )
@@ -176,7 +177,7 @@ def _fresh_factors(
 def _base_of(owner: nn.Module, tensor: str) -> Tensor:
     """What a LoRA attached now would be given as W."""
     W = getattr(owner, tensor)
-    return (W.base if isinstance(W, AdaptedWeight) else W).detach()
+    return dense(W.base if isinstance(W, AdaptedWeight) else W).detach()
 
 
 def _put_on(

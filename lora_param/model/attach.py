@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -27,6 +28,7 @@ from lora_param.errors import ComputedWeightError
 from lora_param.model.cache import kept
 from lora_param.model.lora import LoRA
 from lora_param.targets.weights import canonical_name
+from lora_param.weight.base import storage_of
 
 __all__ = ["Site", "attach_lora", "chain_of", "detach_loras", "first_order", "is_plain_chain"]
 __all__ += ["rename_base_keys", "replace_original", "sites_of"]
@@ -115,7 +117,11 @@ def attach_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
         lists = owner._modules["parametrizations"] = nn.ModuleDict()
         lists.__dict__[_ORDER] = tuple(owner._parameters)
     original = cast(nn.Parameter, owner._parameters[tensor])
-    chain = parametrize.ParametrizationList([lora], original, unsafe=True)
+    if storage_of(original) is None:
+        chain = parametrize.ParametrizationList([lora], original, unsafe=True)
+    else:  # torch would write to it
+        chain = parametrize.ParametrizationList([lora], nn.Parameter(torch.empty(0)), unsafe=True)
+        chain._parameters["original"] = original
     del owner._parameters[tensor]
     lists._modules[tensor] = chain if owner.training else chain.eval()
     base = getattr(type(owner), _BASE, type(owner))

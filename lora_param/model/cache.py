@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_param.model.lora import LoRA
 from lora_param.weight.adapted import AdaptedWeight
+from lora_param.weight.base import identity
 
 __all__ = ["cached", "kept"]
 
@@ -84,7 +85,7 @@ def _state(chain: nn.Module) -> tuple[Any, ...] | None:
     grad = torch.is_grad_enabled()
     if grad and W.requires_grad:
         return None
-    state: list[Any] = [torch.is_inference_mode_enabled(), *_identity(W)]
+    state: list[Any] = [torch.is_inference_mode_enabled(), id(W), *identity(W)]
     for lora in chain._modules.values():
         if not isinstance(lora, LoRA) or (lora.dropout and lora.training):
             return None
@@ -94,10 +95,5 @@ def _state(chain: nn.Module) -> tuple[Any, ...] | None:
                 continue
             if grad and t.requires_grad:
                 return None
-            state += _identity(t)
+            state += (id(t), *identity(t))
     return tuple(state)
-
-
-def _identity(t: Tensor) -> tuple[int, int, int]:
-    """Which tensor it is, where its data are, and how often they have been written to."""
-    return id(t), t.data_ptr(), 0 if t.is_inference() else t._version

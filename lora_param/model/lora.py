@@ -13,6 +13,7 @@ from lora_param.adapter import AdapterTarget
 from lora_param.targets.regions import Region
 from lora_param.targets.settings import INITIAL, VARIANTS, Settings
 from lora_param.weight.adapted import AdaptedWeight, adapt
+from lora_param.weight.base import dense, identity
 from lora_param.weight.update import Deferred, Update, fold_initial, make_update
 from lora_param.weight.variants import Variant, variant_named
 
@@ -31,7 +32,7 @@ class _Known:
 
     def __init__(self) -> None:
         self.of: Tensor | None = None
-        self.version = -1
+        self.identity = (0, -1)
         self.value: Tensor | None = None
 
     def of_region(self, variant: Variant, W: Tensor, region: Region) -> Tensor | None:
@@ -40,12 +41,13 @@ class _Known:
             return None
         if W.is_inference():
             return None
-        known = self.of
-        if known is None or known.data_ptr() != W.data_ptr() or self.version != W._version:
+        found = identity(W)
+        if self.of is None or self.identity != found:
             with torch.inference_mode(False), torch.no_grad():  # kept: training may read it next
-                part = W[region.index].reshape(region.matrix(tuple(W.shape)))
+                full = dense(W)
+                part = full[region.index].reshape(region.matrix(tuple(full.shape)))
                 self.value = variant.known(part)
-            self.of, self.version = W.detach(), W._version
+            self.of, self.identity = W.detach(), found
         return self.value
 
     def __reduce__(self) -> tuple[type, tuple[()]]:

@@ -15,6 +15,7 @@ from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensors, own_sites, sites, unwrapped
 from lora_param.targets.regions import Target
 from lora_param.targets.weights import weights_of
+from lora_param.weight.base import dense
 
 __all__ = ["check_base", "fingerprint", "get_adapter", "load_into"]
 
@@ -22,7 +23,7 @@ __all__ = ["check_base", "fingerprint", "get_adapter", "load_into"]
 def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, BaseWeight]:
     """Fingerprints of the base weights of these names, of those that the model has."""
     tensors = base_tensors(model)
-    return {n: tensor_base_weight(tensors[n]) for n in dict.fromkeys(names) if n in tensors}
+    return {n: tensor_base_weight(dense(tensors[n])) for n in dict.fromkeys(names) if n in tensors}
 
 
 def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> None:

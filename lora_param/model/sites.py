@@ -11,6 +11,7 @@ from lora_param.model.attach import Site, chain_of, sites_of
 from lora_param.model.lora import LoRA
 from lora_param.targets.matching import match_targets
 from lora_param.targets.weights import Weight, canonical_name
+from lora_param.weight.base import logical_shape
 
 __all__ = ["Patterns", "adapter_names", "base_tensor", "base_tensors", "by_weight", "chosen_loras"]
 __all__ += ["own_sites", "owners", "refuse_wrapped", "sites", "unwrapped"]
@@ -80,7 +81,7 @@ def chosen_loras(
         raise NoAdapterError(adapter, [])
     if targets is None:
         return [s.lora for s in found]
-    keys = {s.key: Weight(s.name, tuple(s.original.shape)) for s in found}
+    keys = {s.key: Weight(s.name, logical_shape(s.original)) for s in found}
     named = set(match_targets(keys, targets))
     return [s.lora for s in found if s.key in named]
 

@@ -13,6 +13,7 @@ from lora_param.model.attach import Site, first_order, is_plain_chain, replace_o
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import by_weight, refuse_wrapped, sites, unwrapped
 from lora_param.targets.weights import canonical_name
+from lora_param.weight.base import dense, storage_of
 from lora_param.weight.update import merge
 
 __all__ = ["bake", "base_state_dict", "merged_state_dict"]
@@ -142,7 +143,7 @@ def bake(model: Model, adapter: str | None = None) -> Model:
 def _check_finite(groups: list[list[Site]]) -> None:
     """Before anything is written: a factor or a merged value that is not a number."""
     for group in groups:
-        original = group[0].original.detach()
+        original = dense(group[0].original.detach())
         for site in group:
             for name, factor in site.lora.factors().items() if site.lora.enabled else ():
                 if not factor.isfinite().all():
@@ -163,7 +164,7 @@ def _write(model: nn.Module, groups: list[list[Site]]) -> None:
         shared.setdefault(_identity(group), []).append(group)
     for members in shared.values():
         original, merged = members[0][0].original, _merged(members[0])
-        if holders[id(original)] == len(members):
+        if holders[id(original)] == len(members) and storage_of(original) is None:
             original.copy_(merged)
             continue
         own = nn.Parameter(merged, requires_grad=original.requires_grad)

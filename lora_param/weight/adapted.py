@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_param.errors import ComputedWeightError, InternalError
+from lora_param.weight.base import dense, logical_dtype, logical_shape, storage_of
 from lora_param.weight.update import Deferred, NormalForm, Update, lower_all, merge
 
 __all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "implements", "lower"]
@@ -106,7 +107,7 @@ class AdaptedWeight(Tensor):
             if result is not NotImplemented:
                 return result
         if func in _LAYOUT:
-            return func(args[0].base, *args[1:], **kwargs)
+            return func(dense(args[0].base), *args[1:], **kwargs)
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -127,13 +128,13 @@ class _EagerAdaptedWeight(AdaptedWeight):
     def __new__(
         cls, base: Tensor, updates: Sequence[Update | Deferred], alpha: Tensor | None = None
     ) -> _EagerAdaptedWeight:
+        if storage_of(base) is None:
+            size, strides, dtype, layout = base.size(), base.stride(), base.dtype, base.layout
+        else:
+            size, strides, layout = torch.Size(logical_shape(base)), None, torch.strided
+            dtype = logical_dtype(base)
         self: _EagerAdaptedWeight = Tensor._make_wrapper_subclass(
-            cls,
-            base.size(),
-            strides=base.stride(),
-            dtype=base.dtype,
-            layout=base.layout,
-            device=base.device,
+            cls, size, strides=strides, dtype=dtype, layout=layout, device=base.device
         )
         self.base = base
         self.updates = tuple(updates)
@@ -196,7 +197,8 @@ def adapted(
         return _EagerAdaptedWeight(W, updates, alpha)
     # Not W itself: an operation that torch.compile does not ask about would read W as if it were
     # W + ΔW. Of NaN, which no result can hide.
-    empty = W.new_full((), float("nan")).expand(W.shape)
+    nan = torch.full((), float("nan"), dtype=logical_dtype(W), device=W.device)
+    empty = nan.expand(logical_shape(W))
     weight = empty.as_subclass(AdaptedWeight)
     weight.base = W
     weight.updates = tuple(updates)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_param.weight.base import left_product, linear, storage_of
 from lora_param.weight.dropout import draw_bits, keep_probability, masks
 from lora_param.weight.update import Update
 
@@ -60,9 +61,9 @@ def factored_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence
         factors += (u.A, u.B) if u.A.dtype == dtype else (u.A.to(dtype), u.B.to(dtype))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *factors)):
         return cast(Tensor, _Linear.apply(x, W, bias, updates, *factors))  # type: ignore[no-untyped-call]
-    rows = x if x.dim() == 2 else x.reshape(-1, W.shape[1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = _forward(rows, W, bias, updates, factors, None)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def composed_linear(
@@ -77,7 +78,8 @@ def composed_linear(
     α, (m, 1) or (1, n), multiplies W first; None is 1.
     """
     of_rows = alpha is not None and alpha.shape[1] == 1
-    y = F.linear(x if alpha is None or of_rows else (x * alpha[0]).to(x.dtype), W, bias)  # (*, m)
+    read = x if alpha is None or of_rows else (x * alpha[0]).to(x.dtype)
+    y = linear(read, W, bias)  # (*, m)
     if alpha is not None and of_rows:
         y = rescale(y, bias, alpha[:, 0])
     for u in updates:
@@ -106,7 +108,7 @@ def prefers_built(W: Tensor, rows: int, other: int, updates: Sequence[Update]) -
     Both are bound by memory: building reads and writes m × n elements, adding to an output reads
     and writes rows × m. Low precisions are never built: W + ΔW would be rounded.
     """
-    if rows <= other or W.dtype not in (torch.float32, torch.float64):
+    if rows <= other or W.dtype not in (torch.float32, torch.float64) or storage_of(W):
         return False
     return not any(u.dropout for u in updates)
 
@@ -145,11 +147,11 @@ def _forward(
     kept: list[Tensor | None] | None,
 ) -> Tensor:
     """y for x (T, n). `kept` is given, for backward, A xᵀ and the bits of dropout of each."""
-    if prefers_built(W, x.shape[0], W.shape[1], updates):
+    if prefers_built(W, x.shape[0], x.shape[1], updates):
         if kept is not None:
             kept += [None, None] * len(updates)
         return F.linear(x, _build(W, updates, factors), bias)
-    y = F.linear(x, W, bias)  # (T, m)
+    y = linear(x, W, bias)  # (T, m)
     for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
         part_x, bits = _of_input(x, u), None
         if u.dropout:
@@ -194,10 +196,10 @@ class _Linear(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         kept: list[Tensor | None] = []
-        y = _forward(x.reshape(-1, W.shape[1]), W, bias, updates, factors, kept)
+        y = _forward(x.reshape(-1, x.shape[-1]), W, bias, updates, factors, kept)
         ctx.updates = updates
         ctx.save_for_backward(x, W, *factors, *kept)
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -206,13 +208,13 @@ class _Linear(torch.autograd.Function):
         count = 2 * len(updates)
         factors, kept = rest[:count], rest[count:]
         needs_x, needs_W, needs_bias, _, *needs = ctx.needs_input_grad
-        x2 = x.reshape(-1, W.shape[1])  # (T, n)
-        g = grad.reshape(-1, W.shape[0])  # (T, m)
+        x2 = x.reshape(-1, x.shape[-1])  # (T, n)
+        g = grad.reshape(-1, grad.shape[-1])  # (T, m)
         again = torch.is_grad_enabled()  # a graph of this backward: nothing may be cut off
-        built = not again and prefers_built(W, g.shape[0], W.shape[0], updates)
+        built = not again and prefers_built(W, g.shape[0], g.shape[1], updates)
         dx: Tensor | None = None
         if needs_x:
-            dx = g @ (_build(W, updates, factors) if built else W)  # (T, n)
+            dx = g @ _build(W, updates, factors) if built else left_product(g, W)  # (T, n)
         grads: list[Tensor | None] = []
         for i, u in enumerate(updates):
             A, B = factors[2 * i : 2 * i + 2]

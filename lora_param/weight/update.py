@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.targets.regions import WHOLE, Region
+from lora_param.weight.base import dense
 from lora_param.weight.variants.base import Variant, compute_dtype, product
 
 __all__ = ["Deferred", "NormalForm", "Update", "add_deltas", "fold_initial", "lower_all"]
@@ -88,6 +89,7 @@ class Deferred:
 
         Over a range of columns α has no such form, unless it is 1.
         """
+        W = dense(W)
         shape, region = tuple(W.shape), self.region
         part = (
             W if region.is_whole and W.dim() == 2 else W[region.index].reshape(region.matrix(shape))
@@ -210,6 +212,7 @@ def merge(W: Tensor, updates: Iterable[Update | Deferred], alpha: Tensor | None 
     >>> merge(W, [Update(torch.ones(1, 3), torch.ones(2, 1), 0.5)]).dtype
     torch.bfloat16
     """
+    W = dense(W)
     dtype = compute_dtype(W.dtype)
     deltas = ((u.region, u.delta(W, dtype)) for u in updates)
     start = W if alpha is None else W.to(dtype) * alpha

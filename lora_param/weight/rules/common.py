@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, lower
+from lora_param.weight.base import dense, storage_of
 from lora_param.weight.update import NormalForm, Update
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "exact",
     "factors",
     "lowered",
+    "lowered_as_stored",
     "part",
 ]
 __all__ += ["part_of_input", "scaled_base", "stacked_updates", "tracing", "whole"]
@@ -32,7 +34,15 @@ def stacked_updates(weight: AdaptedWeight | NormalForm) -> bool:
 
 
 def lowered(value: Any) -> NormalForm | None:
-    """An adapted weight in normal form; None for anything else, and where it has none.
+    """An adapted weight in normal form, W dense; None for anything else, and where it has none."""
+    form = lowered_as_stored(value)
+    if form is None or storage_of(form.base) is None:
+        return form
+    return form._replace(base=dense(form.base))
+
+
+def lowered_as_stored(value: Any) -> NormalForm | None:
+    """As `lowered`, with W as it is stored, for products that can work on it.
 
     Computed in the dtypes that its tensors have, whatever autocast says.
     """

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.base import storage_of
 from lora_param.weight.factored import composed_linear, factored_linear
-from lora_param.weight.rules.common import autocast, built, exact, lowered, tracing
+from lora_param.weight.rules.common import autocast, built, exact, lowered_as_stored, tracing
 from lora_param.weight.update import Deferred, NormalForm
 
 __all__ = ["product"]
@@ -28,13 +29,13 @@ def linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
         y = _by_kernel(x, weight.base, bias, first)
         if y is not None:
             return y
-    V = lowered(weight)
+    V = lowered_as_stored(weight)
     return NotImplemented if V is None else product(x, V, bias)
 
 
 def _by_kernel(x: Tensor, W: Tensor, bias: Tensor | None, u: Deferred) -> Tensor | None:
     """What the variant's own kernel gives, where it has one for this update."""
-    if not u.region.is_whole or u.strength != 1:
+    if not u.region.is_whole or u.strength != 1 or storage_of(W) is not None:
         return None
     x, W, bias = autocast(x, W, bias)
     with exact(x.device):
@@ -59,5 +60,5 @@ def product(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
         x, W, bias = autocast(x, W, bias)
     if alpha is not None:  # in rows: torch itself folds x only where W trains, with other bits
         y = composed_linear(x.reshape(-1, x.shape[-1]), W, bias, updates, alpha)
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y.view(*x.shape[:-1], y.shape[-1])
     return factored_linear(x, W, bias, updates)
