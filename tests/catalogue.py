@@ -322,8 +322,8 @@ _DECOMPOSED = """linear linear-4d-input linear-rows linear-columns linear-parts 
 conv2d-rows conv2d-grouped conv-transpose mha mha-q-and-v encoder lstm bare-stack tied-together
 tied-apart experts packed-parts rslora double"""
 _OTHERS = """linear linear-rows linear-block mlp embedding embedding-pad conv2d conv2d-grouped
-conv-transpose mha mha-q-and-v encoder lstm gru-cell bare-stack tied-together tied-apart experts packed
-packed-parts packed-base"""
+conv-transpose mha mha-q-and-v encoder lstm gru-cell bare-stack tied-together tied-apart experts
+packed packed-parts packed-base"""
 
 
 def _also(names: str, label: str, **fields: Any) -> list[Case]:

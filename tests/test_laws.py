@@ -95,7 +95,7 @@ def test_law_2_gradients_equal_a_plain_weights(case: Case) -> None:
 def _gradients_agree(found: Tensor, expected: Tensor, case: Case) -> None:
     if case.dtype.itemsize < 4:  # elements cancel: against the size of the whole
         difference = (found.float() - expected.float()).norm()
-        assert difference <= 0.08 * expected.float().norm()
+        assert difference <= 0.15 * expected.float().norm()
     else:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 

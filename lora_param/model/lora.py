@@ -141,6 +141,8 @@ class LoRA(nn.Module):
         elif self.variant.uses_W and W is not None:
             base = W.base if isinstance(W, AdaptedWeight) else W
             known = self._known.of_region(self.variant, base, self.region)
+        if not own:  # DataParallel and FSDP keep them as plain attributes
+            own = {name: getattr(self, name) for name in VARIANTS[self.settings.variant]}
         tensors: Mapping[str, Tensor] = own
         if fixed["initial_A"] is not None:
             tensors = fold_initial({**own, **{n: cast(Tensor, fixed[n]) for n in INITIAL}})

@@ -53,7 +53,8 @@ def decomposed_linear(
     A, B = u.A, u.B
     trained = (x, A, B, magnitude, *(() if bias is None else (bias,)))
     if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
-        return cast(Tensor, _Decomposed.apply(x, W, bias, A, B, magnitude, squares, u))  # type: ignore[no-untyped-call]
+        y = cast(Tensor, _Decomposed.apply(x, W, bias, A, B, magnitude, squares, u))  # type: ignore[no-untyped-call]
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
     rows = x.reshape(-1, W.shape[1])
     ratios = row_ratios(W, A, B, magnitude, u.scale, squares)
     if prefers_built(W, rows.shape[0], W.shape[1], (u,)):
@@ -116,7 +117,7 @@ class _Decomposed(torch.autograd.Function):
         ctx.save_for_backward(
             x, W, bias, A, B, magnitude, squares, slope, norms, ratios, before, Ax, bits
         )
-        return rescale(before, bias, ratios).view(*x.shape[:-1], W.shape[0])
+        return rescale(before, bias, ratios)  # (T, m), no view, which could not be written to
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -126,7 +127,7 @@ class _Decomposed(torch.autograd.Function):
         x, W, bias, A, B, _, _, slope, norms, ratios, before, Ax, bits = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B, needs_magnitude, _, _ = ctx.needs_input_grad
         rows = x.reshape(-1, W.shape[1])  # (T, n)
-        g = grad.reshape(-1, W.shape[0])  # (T, m)
+        g = grad  # (T, m)
         dbias = g.sum(0) if bias is not None else None  # (m,)
         of_ratios = _column_dots(g, before)  # (m,)
         if dbias is not None:

@@ -60,9 +60,9 @@ def factored_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence
     for u in updates:
         factors += (u.A, u.B) if u.A.dtype == dtype else (u.A.to(dtype), u.B.to(dtype))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *factors)):
-        return cast(Tensor, _Linear.apply(x, W, bias, updates, *factors))  # type: ignore[no-untyped-call]
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = _forward(rows, W, bias, updates, factors, None)
+        y = cast(Tensor, _Linear.apply(x, W, bias, updates, *factors))  # type: ignore[no-untyped-call]
+    else:
+        y = _forward(x, W, bias, updates, factors, None)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -146,12 +146,16 @@ def _forward(
     factors: Sequence[Tensor],
     kept: list[Tensor | None] | None,
 ) -> Tensor:
-    """y for x (T, n). `kept` is given, for backward, A xᵀ and the bits of dropout of each."""
+    """y (T, m) for x (*, n). `kept` is given, for backward, A xᵀ and each dropout's bits."""
+    late = bias if adds_bias_late(x) else None
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, n)
     if prefers_built(W, x.shape[0], x.shape[1], updates):
         if kept is not None:
             kept += [None, None] * len(updates)
         return F.linear(x, _build(W, updates, factors), bias)
-    y = linear(x, W, bias)  # (T, m)
+    y = linear(x, W, bias if late is None else None)  # (T, m)
+    if late is not None:
+        y += late
     for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
         part_x, bits = _of_input(x, u), None
         if u.dropout:
@@ -161,6 +165,11 @@ def _forward(
         if kept is not None:
             kept += [Ax, bits]
     return y
+
+
+def adds_bias_late(x: Tensor) -> bool:
+    """torch rounds x Wᵀ before the bias is added: in low precision, to an x with gaps in memory."""
+    return x.dim() > 2 and x.dtype.itemsize < 4 and not x.is_contiguous()
 
 
 def own_scale(u: Update) -> float:
@@ -196,10 +205,10 @@ class _Linear(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         kept: list[Tensor | None] = []
-        y = _forward(x.reshape(-1, x.shape[-1]), W, bias, updates, factors, kept)
+        y = _forward(x, W, bias, updates, factors, kept)
         ctx.updates = updates
         ctx.save_for_backward(x, W, *factors, *kept)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y  # (T, m): a view of it, made in here, could not be written to in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -209,7 +218,7 @@ class _Linear(torch.autograd.Function):
         factors, kept = rest[:count], rest[count:]
         needs_x, needs_W, needs_bias, _, *needs = ctx.needs_input_grad
         x2 = x.reshape(-1, x.shape[-1])  # (T, n)
-        g = grad.reshape(-1, grad.shape[-1])  # (T, m)
+        g = grad  # (T, m)
         again = torch.is_grad_enabled()  # a graph of this backward: nothing may be cut off
         built = not again and prefers_built(W, g.shape[0], g.shape[1], updates)
         dx: Tensor | None = None

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_samples import weights
-from hypothesis import HealthCheck, given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -142,9 +143,7 @@ BASE_HEADER = (
 )
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@draws(300)
 @given(
     edits=st.lists(
         st.tuples(

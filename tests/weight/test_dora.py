@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -99,7 +100,7 @@ def test_a_base_that_trains_gets_the_exact_gradient() -> None:
     torch.testing.assert_close(torch.autograd.grad(linear(x).square().sum(), W), expected)
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(
     m=st.integers(1, 6),
     n=st.integers(1, 6),

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -37,11 +38,7 @@ def problems(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int, list[Region], 
     return (*batch, n), m, n, regions, ranks
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@draws(150)
 @given(
     problems(), st.booleans(), st.sampled_from(["contiguous", "strided", "expanded"]), st.booleans()
 )

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from rules_samples import (
     check,
@@ -159,7 +160,7 @@ CELLS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(st.data(), st.sampled_from([*CELLS]), st.integers(1, 5), st.booleans())
 def test_cells(data: Any, name: str, batch: int, frozen: bool) -> None:
     gates, operation = CELLS[name]

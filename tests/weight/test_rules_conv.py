@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from rules_samples import (
     check,
@@ -29,7 +30,7 @@ batches = st.sampled_from([(), (1,), (3,)])
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(st.data(), st.integers(1, 3), sizes, sizes, batches, st.booleans(), st.booleans())
 def test_convolutions(
     data: Any, spatial: int, m: int, n: int, batch: tuple[int, ...], frozen: bool, biased: bool
@@ -47,7 +48,7 @@ def test_convolutions(
         check(lambda w, x: CONV[spatial](x, w, **options), w, x)
 
 
-@settings(max_examples=80, deadline=None)
+@draws(80)
 @given(st.data(), st.integers(1, 3), sizes, sizes, batches, st.booleans())
 def test_transposed_convolutions(
     data: Any, spatial: int, m: int, n: int, batch: tuple[int, ...], frozen: bool
@@ -85,6 +86,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("region", [WHOLE, Region((1, 2), (0, 1))], ids=["whole", "block"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_derivatives(name: str, region: Region) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from rules_samples import (
     check,
@@ -27,7 +28,7 @@ from lora_param.weight.update import Update, merge
 shapes = st.sampled_from([(), (1,), (4,), (2, 3), (0,), (2, 1, 2), (20,)])
 
 
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(st.data(), shapes, st.booleans(), st.sampled_from([None, 0, 2, -1]), st.booleans())
 def test_embedding(
     data: Any, shape: tuple[int, ...], frozen: bool, padding: int | None, short: bool
@@ -37,7 +38,7 @@ def test_embedding(
     check(lambda w: F.embedding(ids, w, padding), w)
 
 
-@settings(max_examples=80, deadline=None)
+@draws(80)
 @given(
     st.data(),
     st.sampled_from(["sum", "mean"]),

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from rules_samples import (
     STACK,
@@ -45,7 +46,7 @@ WITH_TRANSPOSE = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(st.data(), sizes, sizes, batches, layouts, st.booleans(), st.sampled_from([*WITH_TRANSPOSE]))
 def test_products_with_the_transpose(
     data: Any, m: int, n: int, batch: tuple[int, ...], layout: str, frozen: bool, name: str
@@ -54,7 +55,7 @@ def test_products_with_the_transpose(
     check(WITH_TRANSPOSE[name], w, normal(*batch, n))
 
 
-@settings(max_examples=80, deadline=None)
+@draws(80)
 @given(st.data(), sizes, sizes, batches, layouts, st.booleans())
 def test_products_with_the_weight(
     data: Any, k: int, n: int, batch: tuple[int, ...], layout: str, frozen: bool

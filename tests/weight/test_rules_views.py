@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from rules_samples import STACK, check, check_functorch, counting_builds, make, normal, regions
 from torch import Tensor
@@ -26,7 +27,7 @@ def same(found: Any, expected: Tensor) -> None:
     torch.testing.assert_close(found.build(), expected)
 
 
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(st.data(), st.integers(1, 7), st.integers(1, 7))
 def test_slices(data: Any, m: int, n: int) -> None:
     w = make((m, n), data.draw(regions(m, n)), frozen=data.draw(st.booleans()))

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_param.targets.regions import Region
@@ -47,7 +48,7 @@ def test_the_update_is_fp32_under_autocast_and_however_it_is_stored() -> None:
     assert torch.equal(product(*strided, 2.0, torch.float32), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(
     st.tuples(st.integers(1, 6), st.integers(1, 6)),
     st.data(),

@@ -7,7 +7,7 @@ cell is one step, for which the factors are the cheaper way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,10 @@ def lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh:
         return NotImplemented
     h, c = hx
     gates = _linear(h, w_hh, b_hh) + _linear(input, w_ih, b_ih)  # (N, 4·hidden)
-    i, f, g, o = gates.chunk(4, 1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()  # (N, hidden)
-    return o.sigmoid() * c.tanh(), c
+    i, f, g, o = _parts(gates, 4)  # (N, hidden) each
+    i, f, g, o = _within(_SIGMOID, i), _within(_SIGMOID, f), _within(_TANH, g), _within(_SIGMOID, o)
+    c = f * c + i * g
+    return o * c.tanh(), c
 
 
 @implements(torch.gru_cell)
@@ -52,11 +53,30 @@ def gru_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: 
     """One step of a GRU. input (N, in), hx (N, hidden) → (N, hidden)."""
     if not _applies(w_ih, w_hh, input, hx, b_ih, b_hh):
         return NotImplemented
-    r_i, z_i, n_i = _linear(input, w_ih, b_ih).chunk(3, 1)  # (N, hidden) each
-    r_h, z_h, n_h = _linear(hx, w_hh, b_hh).chunk(3, 1)  # (N, hidden) each
-    r, z = (r_h + r_i).sigmoid(), (z_h + z_i).sigmoid()
-    n = (n_i + n_h * r).tanh()
+    r_i, z_i, n_i = _parts(_linear(input, w_ih, b_ih), 3)  # (N, hidden) each
+    r_h, z_h, n_h = _parts(_linear(hx, w_hh, b_hh), 3)  # (N, hidden) each
+    r, z = _within(_SIGMOID, _within(_ADD, r_h, r_i)), _within(_SIGMOID, _within(_ADD, z_h, z_i))
+    n = (n_i + _within(_MUL, n_h, r)).tanh()
     return (hx - n) * z + n
+
+
+_Operations = tuple[Callable[..., Tensor], Callable[..., Tensor]]
+_SIGMOID: _Operations = torch.sigmoid, torch.sigmoid_
+_TANH: _Operations = torch.tanh, torch.tanh_
+_ADD: _Operations = torch.add, Tensor.add_
+_MUL: _Operations = torch.mul, Tensor.mul_
+
+
+def _within(operation: _Operations, gate: Tensor, *others: Tensor) -> Tensor:
+    """The operation on a gate, in its place: torch's own cell computes it there, and an activation
+    has other bits in memory of its own, where a CPU takes more elements at a time."""
+    apart, in_place = operation
+    return apart(gate, *others) if tracing() else in_place(gate, *others)
+
+
+def _parts(gates: Tensor, count: int) -> Sequence[Tensor]:
+    """The gates of each unit, side by side in one tensor. (N, count·hidden) → (N, hidden) each"""
+    return gates.chunk(count, 1) if tracing() else torch.unsafe_chunk(gates, count, 1)
 
 
 def _simple(activation: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
