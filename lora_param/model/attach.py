@@ -28,6 +28,7 @@ from lora_param.errors import ComputedWeightError
 from lora_param.model.cache import kept
 from lora_param.model.lora import LoRA
 from lora_param.targets.weights import canonical_name
+from lora_param.weight.adapted import built
 from lora_param.weight.base import storage_of
 
 __all__ = ["Site", "attach_lora", "chain_of", "detach_loras", "first_order", "is_plain_chain"]
@@ -240,8 +241,13 @@ def _computed(tensor: str) -> property:
 def _read(chain: nn.Module) -> Tensor:
     """What the chain gives, without the look-ups that torch's own forward costs."""
     W = chain._parameters.get("original")
-    if W is None or chain._forward_hooks or chain._forward_pre_hooks:
+    if chain._backward_hooks or chain._backward_pre_hooks:
+        with built():
+            return cast(Tensor, chain())
+    if chain._forward_hooks or chain._forward_pre_hooks:
         return cast(Tensor, chain())
+    if W is None:
+        return cast(Tensor, chain.forward())
     value: Tensor = W
     for item in chain._modules.values():
         value = cast(nn.Module, item)(value)

@@ -12,7 +12,7 @@ import lora_param.weight.rules  # noqa: F401  registers what operations do with 
 from lora_param.adapter import AdapterTarget
 from lora_param.targets.regions import Region
 from lora_param.targets.settings import INITIAL, VARIANTS, Settings
-from lora_param.weight.adapted import AdaptedWeight, adapt
+from lora_param.weight.adapted import AdaptedWeight, adapt, built
 from lora_param.weight.base import dense, identity
 from lora_param.weight.update import Deferred, Update, fold_initial, make_update
 from lora_param.weight.variants import Variant, variant_named
@@ -152,6 +152,18 @@ class LoRA(nn.Module):
     def forward(self, W: Tensor) -> Tensor:
         """W itself while disabled, otherwise the adapted weight: W's shape and dtype."""
         return adapt(W, self.update(W)) if self.enabled else W
+
+    def __call__(self, W: Tensor) -> Tensor:
+        """As of any module with hooks of its own; hooks on all modules mean layers, not weights.
+
+        Hooks on the way back are given the gradient of the weight, so that it is built.
+        """
+        if self._backward_hooks or self._backward_pre_hooks:
+            with built():
+                return cast(Tensor, super().__call__(W))
+        if self._forward_hooks or self._forward_pre_hooks:
+            return cast(Tensor, super().__call__(W))
+        return self.forward(W)
 
     def factors(self) -> dict[str, Tensor]:
         """The tensors that an adapter file holds for this target, detached."""

@@ -6,19 +6,22 @@ the factors directly; any other builds the weight first. Nothing is kept beyond 
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lora_param.errors import ComputedWeightError, InternalError
 from lora_param.weight.base import dense, logical_dtype, logical_shape, storage_of
 from lora_param.weight.update import Deferred, NormalForm, Update, lower_all, merge
 
-__all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "implements", "lower"]
+__all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "built", "implements", "lower"]
 
 Rule = Callable[..., Any]
 
@@ -58,7 +61,7 @@ _NO_DROPOUT = (
 )
 _LAYOUT = {Tensor.stride, Tensor.is_contiguous}
 _IN_PLACE = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
-_WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", "retain_grad"}
+_WRITES = {"__setitem__", "__set__", "__delete__", "retain_grad"}
 _WRITES |= {f"__i{name}__" for name in _IN_PLACE.split()}
 
 
@@ -182,11 +185,27 @@ class _EagerAdaptedWeight(AdaptedWeight):
         return _EagerAdaptedWeight, (self.base, self.updates, self.alpha)
 
 
-def adapt(W: Tensor, update: Update | Deferred) -> AdaptedWeight:
-    """W, which may be adapted already, with one more update."""
+def adapt(W: Tensor, update: Update | Deferred) -> Tensor:
+    """W, which may be adapted already, with one more update; as a plain tensor within `built`."""
+    if _local.__dict__.get("built"):
+        return adapted(W, (update,)).build()
     if isinstance(W, AdaptedWeight):
         return adapted(W.base, (*W.updates, update))
     return adapted(W, (update,))
+
+
+_local = threading.local()
+
+
+@contextmanager
+def built() -> Iterator[None]:
+    """Read adapted weights as plain tensors in this thread, within a `with` block."""
+    before = _local.__dict__.get("built", False)
+    _local.built = True
+    try:
+        yield
+    finally:
+        _local.built = before
 
 
 def adapted(
@@ -222,6 +241,33 @@ def _requires_grad(weight: AdaptedWeight, *_: object) -> bool:
 @implements(_getter("is_leaf"))
 def _is_leaf(weight: AdaptedWeight, *_: object) -> bool:
     return not (torch.is_grad_enabled() and weight.differentiable)
+
+
+@implements(Tensor.register_hook)
+def _register_hook(weight: AdaptedWeight, hook: Callable[[Tensor], Any]) -> _Handles:
+    """Called with the gradient of each tensor that trains, as the weight itself has none.
+
+    It may look, as torch's own tools do; a gradient that it returns would have to be the weight's.
+    """
+
+    def look(grad: Tensor) -> None:
+        if hook(grad) is not None:
+            raise ComputedWeightError("replacing the gradient in a hook")
+
+    trained = [t for t in weight.parts if t.requires_grad]
+    return _Handles([t.register_hook(look) for t in trained])  # type: ignore[no-untyped-call]
+
+
+class _Handles:
+    """What `register_hook` gives, of several tensors."""
+
+    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        """Take the hook off again."""
+        for handle in self.handles:
+            handle.remove()
 
 
 @implements(_getter("grad"))
