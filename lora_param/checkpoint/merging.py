@@ -130,8 +130,8 @@ class Merging:
         Raises:
             NonFiniteError: a finite value becomes infinite or NaN in the stored dtype.
         """
+        from lora_param.weight.precision import compute_dtype
         from lora_param.weight.update import add_deltas
-        from lora_param.weight.variants.base import compute_dtype
 
         pieces = self.pieces.get(name, [])
         target_dtype = self.stored_as(W)

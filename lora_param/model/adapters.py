@@ -35,7 +35,7 @@ from lora_param.targets.weights import canonical_name, weights_of
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import dense, logical_dtype
 from lora_param.weight.init import fresh_tensors
-from lora_param.weight.variants.base import compute_dtype
+from lora_param.weight.precision import compute_dtype
 
 __all__ = ["apply", "attach", "detach", "param_groups", "parameters", "remove"]
 

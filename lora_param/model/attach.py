@@ -244,8 +244,8 @@ def _read(chain: nn.Module) -> Tensor:
     if chain._backward_hooks or chain._backward_pre_hooks:
         with built():
             return cast(Tensor, chain())
-    if chain._forward_hooks or chain._forward_pre_hooks:
-        return cast(Tensor, chain())
+    if chain._forward_hooks or chain._forward_pre_hooks or "forward" in chain.__dict__:
+        return cast(Tensor, chain())  # accelerate puts a forward of its own on a module
     if W is None:
         return cast(Tensor, chain.forward())
     value: Tensor = W

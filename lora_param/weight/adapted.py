@@ -243,6 +243,16 @@ def _is_leaf(weight: AdaptedWeight, *_: object) -> bool:
     return not (torch.is_grad_enabled() and weight.differentiable)
 
 
+@implements(Tensor.to)
+def _to(weight: AdaptedWeight, *args: Any, **kwargs: Any) -> Any:
+    """The weight itself where it is there already, as of any tensor; moved or cast it is built."""
+    if "copy" in kwargs or any(isinstance(a, (bool, Tensor)) for a in args):
+        return NotImplemented
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    there = device is None or torch.empty(0, device=device).device == weight.device
+    return weight if there and dtype in (None, weight.dtype) else NotImplemented
+
+
 @implements(Tensor.register_hook)
 def _register_hook(weight: AdaptedWeight, hook: Callable[[Tensor], Any]) -> _Handles:
     """Called with the gradient of each tensor that trains, as the weight itself has none.

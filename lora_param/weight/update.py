@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lora_param.targets.regions import WHOLE, Region
 from lora_param.weight.base import dense
-from lora_param.weight.variants.base import Variant, compute_dtype, product
+from lora_param.weight.precision import compute_dtype
+from lora_param.weight.variants.base import Variant, product
 
 __all__ = ["Deferred", "NormalForm", "Update", "add_deltas", "fold_initial", "lower_all"]
 __all__ += ["make_update", "merge"]
@@ -124,7 +125,8 @@ def make_update(
 ) -> Update | Deferred:
     """The update that a target's tensors make. They hold no initial pair, see `fold_initial`."""
     if variant.uses_W:
-        return Deferred(variant, tensors, scale, strength, region, dropout, known)
+        # what stands in the module may be another tensor by then
+        return Deferred(variant, dict(tensors), scale, strength, region, dropout, known)
     return Update(*variant.pair(tensors, scale, strength), region, dropout)
 
 

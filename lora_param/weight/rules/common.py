@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, lower
 from lora_param.weight.base import dense, storage_of
+from lora_param.weight.precision import autocasts, exact
 from lora_param.weight.update import NormalForm, Update
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "autocast",
     "built",
     "dense_is_cheaper",
-    "exact",
     "factors",
     "lowered",
     "lowered_as_stored",
@@ -48,10 +47,8 @@ def lowered_as_stored(value: Any) -> NormalForm | None:
     """
     if not isinstance(value, AdaptedWeight):
         return None
-    if torch.is_autocast_enabled(value.base.device.type):
-        with exact(value.base.device):
-            return lower(value)
-    return lower(value)
+    with exact(value.base):
+        return lower(value)
 
 
 def scaled_base(V: NormalForm) -> Tensor:
@@ -71,22 +68,16 @@ def tracing() -> bool:
 
 def autocast(*tensors: Tensor | None) -> list[Any]:
     """What autocast would make of the operands of a product."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    first = next(t for t in tensors if t is not None)
+    if not autocasts(first):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
 
     def cast(t: Tensor | None) -> Tensor | None:
         eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if eligible and t is not None else t
 
     return [cast(t) for t in tensors]
-
-
-def exact(device: torch.device) -> AbstractContextManager[None]:
-    """Without autocast: for what is to run in the dtype that it has."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def factors(u: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
-from lora_param.weight.rules.common import add_into, exact, factors, lowered
+from lora_param.weight.precision import exact
+from lora_param.weight.rules.common import add_into, factors, lowered
 from lora_param.weight.update import NormalForm, Update
 
 __all__: list[str] = []
@@ -64,7 +65,7 @@ def embedding(
     if _is_dense(weight, input.numel()):
         return NotImplemented
     y = F.embedding(input, weight.base, padding_idx)  # (*, D)
-    with exact(y.device):
+    with exact(y):
         form = _gathered(weight, input, y)
         if form is None:
             return NotImplemented
@@ -159,7 +160,7 @@ def embedding_bag(
         )
 
     y = bags(V.base)  # (bags, D)
-    with exact(y.device):
+    with exact(y):
         for u in V.updates:
             A, B = factors(u, y.dtype)
             y = add_into(y, bags(B) @ A, u.scale, u.region.columns, -1)  # (bags, D)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
 from lora_param.weight.base import storage_of
 from lora_param.weight.factored import composed_linear, factored_linear
-from lora_param.weight.rules.common import autocast, built, exact, lowered_as_stored, tracing
+from lora_param.weight.precision import autocasts, exact
+from lora_param.weight.rules.common import autocast, built, lowered_as_stored, tracing
 from lora_param.weight.update import Deferred, NormalForm
 
 __all__ = ["product"]
@@ -38,7 +38,7 @@ def _by_kernel(x: Tensor, W: Tensor, bias: Tensor | None, u: Deferred) -> Tensor
     if not u.region.is_whole or u.strength != 1 or storage_of(W) is not None:
         return None
     x, W, bias = autocast(x, W, bias)
-    with exact(x.device):
+    with exact(x):
         return u.variant.linear(x, W, bias, u.tensors, u.scale, u.dropout, u.known)
 
 
@@ -56,7 +56,7 @@ def product(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
     W, updates, alpha = V
     if tracing():
         return composed_linear(x, W, bias, updates, alpha)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x, W, bias = autocast(x, W, bias)
     if alpha is not None:  # in rows: torch itself folds x only where W trains, with other bits
         y = composed_linear(x.reshape(-1, x.shape[-1]), W, bias, updates, alpha)

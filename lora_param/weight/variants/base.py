@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Fresh", "Lowered", "Tensors", "Variant", "compute_dtype", "product"]
+from lora_param.weight.precision import exact
+
+__all__ = ["Fresh", "Lowered", "Tensors", "Variant", "product"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -138,18 +140,10 @@ class Variant:  # its methods are defaults, which have no use for all they are g
         return None
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight of `dtype` is merged: fp32, or fp64 where the weight is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def product(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale·(B @ A), computed in `dtype` whatever autocast says. (*, out, in)
 
     Both factors are made contiguous first, so that the bits do not depend on how they are stored.
     """
-    device = A.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return product(A, B, scale, dtype)
-    return (B.to(dtype).contiguous() @ A.to(dtype).contiguous()) * scale
+    with exact(A):
+        return (B.to(dtype).contiguous() @ A.to(dtype).contiguous()) * scale

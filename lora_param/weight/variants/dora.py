@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lora_param.weight.decomposed import decomposed_linear
 from lora_param.weight.dora import row_norms, row_ratios, row_squares
+from lora_param.weight.precision import compute_dtype
 from lora_param.weight.update import Update
 from lora_param.weight.variants.base import (
     Fresh,
     Lowered,
     Tensors,
     Variant,
-    compute_dtype,
     product,
 )
 
