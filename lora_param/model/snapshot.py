@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_param.model.attach import sites_of
 from lora_param.targets.weights import canonical_name
+from lora_param.weight.base import dense
 
 __all__ = ["Snapshot", "state_tensors"]
 
@@ -95,6 +96,7 @@ def _plain_name(name: str) -> str:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit: NaN is itself, and -0 is not 0."""
+    a, b = dense(a), dense(b)
     if a.shape != b.shape or a.layout != torch.strided:
         return a.shape == b.shape and torch.equal(a, b)
     bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]

@@ -102,7 +102,6 @@ WRITES = {
     "requires_grad": lambda w: setattr(w, "requires_grad", False),
     "requires_grad_": lambda w: w.requires_grad_(False),
     "out": lambda w: torch.add(torch.ones(5, 7), 1, out=w),
-    "hook": lambda w: w.register_hook(lambda g: g),
 }
 
 
