@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from lora_param.errors import FingerprintError, MismatchError
+from lora_param.errors import FingerprintError, MismatchError, OptionError
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
@@ -25,6 +25,7 @@ __all__ = [
     "Adapter",
     "AdapterTarget",
     "check_fit",
+    "check_name",
     "is_dead",
 ]
 
@@ -104,6 +105,17 @@ class Adapter:
             matrix = t.target.region.matrix(self.base[t.target.name].shape)
             total += sum(prod(shape) for shape in t.settings.shapes(matrix).values())
         return total
+
+
+def check_name(name: object) -> str:
+    """The name of an adapter, where it may be one.
+
+    Raises:
+        OptionError: it is no text, as a list of patterns is not, or empty, or cannot be printed.
+    """
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise OptionError("adapter", name, "the name of one adapter, a printable text")
+    return name
 
 
 def check_fit(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_param.adapter import Adapter
+from lora_param.adapter import Adapter, check_name
 from lora_param.checkpoint.create import create_adapter
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
@@ -97,7 +97,7 @@ def apply_checkpoint(
     init: str = "kaiming",
     variant: str = "lora",
     tied: Tied = "error",
-    name: str = "default",
+    adapter: str = "default",
     seed: int | None = None,
     key: str | None = None,
     force: bool = False,
@@ -109,7 +109,7 @@ def apply_checkpoint(
         base: a checkpoint's file or directory, or `python:package.module:callable`.
         targets, exclude, rank, alpha, scaling, dropout, init, variant, tied: as for `apply`.
         out: the adapter file to write.
-        name: the adapter's name.
+        adapter: its name.
         seed: makes the factors, and so the file, repeatable.
         key: which nested state dict of a pickled checkpoint.
         force: replace a file that exists.
@@ -122,11 +122,12 @@ def apply_checkpoint(
         TargetError, OptionError: as for `apply`.
         FileError: the checkpoint cannot be read, or the adapter not be written.
     """
+    check_name(adapter)
     check_adapter_name(Path(out))
     if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
         raise OutputError(out, "it is the checkpoint itself")
     check_output(out, force=force)
-    done, adapter = create_adapter(
+    done, record = create_adapter(
         base,
         targets,
         exclude=exclude,
@@ -139,9 +140,9 @@ def apply_checkpoint(
         tied=tied,
         seed=seed,
         key=key,
-        name=name,
+        name=adapter,
     )
-    write_adapter(adapter, out, force=force, sync=sync)
+    write_adapter(record, out, force=force, sync=sync)
     return done
 
 
@@ -212,10 +213,8 @@ def _live_stats(model: nn.Module, adapter: object, norms: bool, progress: Progre
     from lora_param.model.record import get_adapter
     from lora_param.model.sites import adapter_names, unwrapped
 
-    if isinstance(adapter, Adapter) or not (adapter is None or isinstance(adapter, str)):
-        raise OptionError("adapter", adapter, "the name of an adapter on the model")
     model = unwrapped(model)
-    names = adapter_names(model) if adapter is None else [adapter]
+    names = adapter_names(model) if adapter is None else [check_name(adapter)]
     records = [get_adapter(model, name) for name in names]
     on_meta = any(p.is_meta for p in model.parameters())
     factors = {id(p) for p in parameters(model)} if names else set()
@@ -243,38 +242,50 @@ def _live_array(model: nn.Module) -> Any:
 
 def enable(
     model_or_path: nn.Module | PathLike,
-    adapter: str | None = None,
     targets: Patterns | None = None,
+    *,
+    adapter: str | None = None,
 ) -> None:
     """Let updates take part in their weights; W is never written to.
 
     Args:
         model_or_path: an adapted model, or an adapter file, which is changed in place, atomically;
             every later command and `load` honours it.
-        adapter: the name of one adapter on the model, or all where None.
         targets: patterns that choose among its targets, or all where None.
+        adapter: the name of one adapter on the model, or all where None.
 
     Raises:
         NoAdapterError: no such adapter.
         TargetError: a pattern matches none of its targets.
+        OptionError: `adapter` is not a name, or `targets` is one.
         FileError: the file is no adapter, or cannot be written.
+
+    Example:
+        >>> import lora_param as lp
+        >>> from torch import nn
+        >>> model = lp.apply(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), rank=2)
+        >>> disable(model)
+        >>> enable(model, ["1"])
+        >>> [row.enabled for row in lp.stats(model).rows]
+        [False, True]
     """
-    _switch(model_or_path, adapter, targets, True)
+    _switch(model_or_path, targets, adapter, True)
 
 
 def disable(
     model_or_path: nn.Module | PathLike,
-    adapter: str | None = None,
     targets: Patterns | None = None,
+    *,
+    adapter: str | None = None,
 ) -> None:
     """Leave updates out: the weights read as W again, bit for bit. Takes what `enable` takes."""
-    _switch(model_or_path, adapter, targets, False)
+    _switch(model_or_path, targets, adapter, False)
 
 
 def _switch(
     model_or_path: nn.Module | PathLike,
-    adapter: str | None,
     targets: Patterns | None,
+    adapter: str | None,
     enabled: bool,
 ) -> None:
     if isinstance(model_or_path, (str, os.PathLike)):
@@ -284,7 +295,7 @@ def _switch(
         return
     from lora_param.model.switching import switch
 
-    switch(model_or_path, enabled, adapter, targets)
+    switch(model_or_path, enabled, targets, adapter=adapter)
 
 
 def save(

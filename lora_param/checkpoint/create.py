@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lora_param.adapter import Adapter, AdapterTarget
+from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import OptionError
@@ -66,8 +66,7 @@ def create_adapter(
     """
     if seed is not None and not 0 <= seed < 2**64:
         raise OptionError("seed", seed, "a whole number from 0 to 2**64 - 1")
-    if not name or not name.isprintable():
-        raise OptionError("name", name, "printable text, at least one character")
+    check_name(name)
     with open_checkpoint(base, key) as checkpoint:
         settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
         plan = make_plan(checkpoint.weights, targets, exclude=exclude, settings=settings, tied=tied)

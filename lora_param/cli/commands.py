@@ -124,7 +124,14 @@ def apply(
         plan = lp.plan(model, targets, **settings)
     else:
         plan = lp.apply_checkpoint(
-            model, targets, output, name=name, seed=seed, force=force, sync=not no_sync, **settings
+            model,
+            targets,
+            output,
+            adapter=name,
+            seed=seed,
+            force=force,
+            sync=not no_sync,
+            **settings,
         )
     if json:
         show_json({**plan.to_dict(), "output": None if dry_run else str(output)})

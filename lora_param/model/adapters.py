@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_param.adapter import Adapter, AdapterTarget
-from lora_param.errors import AdapterExistsError, NoAdapterError, OptionError
+from lora_param.adapter import Adapter, AdapterTarget, check_name
+from lora_param.errors import AdapterExistsError, NoAdapterError
 from lora_param.model.attach import Site, attach_lora, detach_loras, sites_of
 from lora_param.model.lora import LoRA
 from lora_param.model.record import check_base
@@ -152,9 +152,7 @@ def attach(
 
 
 def _check_can_attach(model: nn.Module, adapter: str) -> None:
-    if not adapter or not adapter.isprintable():
-        raise OptionError("adapter", adapter, "a printable name")
-    if adapter in adapter_names(model):
+    if check_name(adapter) in adapter_names(model):
         raise AdapterExistsError(adapter)
     refuse_wrapped(model)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from lora_param.errors import NoAdapterError, WrappedModelError
+from lora_param.adapter import check_name
+from lora_param.errors import NoAdapterError, NoMatchError, OptionError, WrappedModelError
 from lora_param.model.attach import Site, chain_of, sites_of
 from lora_param.model.lora import LoRA
 from lora_param.targets.matching import match_targets
@@ -35,11 +36,13 @@ def sites(model: nn.Module, adapter: str | None = None) -> list[Site]:
 
     Raises:
         NoAdapterError: no adapter of that name.
+        OptionError: `adapter` is not a name.
     """
     found = list(sites_of(unwrapped(model)))
     if adapter is None:
         return found
-    mine = [s for s in found if s.lora.adapter == adapter]
+    name = check_name(adapter)
+    mine = [s for s in found if s.lora.adapter == name]
     if not mine:
         raise NoAdapterError(adapter, _names(found))
     return mine
@@ -68,13 +71,14 @@ def _names(found: Iterable[Site]) -> list[str]:
 
 
 def chosen_loras(
-    model: nn.Module, adapter: str | None = None, targets: Patterns | None = None
+    model: nn.Module, targets: Patterns | None = None, *, adapter: str | None = None
 ) -> list[LoRA]:
     """The LoRAs of an adapter (of all where None) that the patterns name (all where None).
 
     Raises:
         NoAdapterError: no such adapter.
         TargetError: a pattern matches none of its targets.
+        OptionError: `adapter` is not a name, or a pattern that matches nothing is one.
     """
     found = sites(model, adapter)
     if not found:
@@ -82,7 +86,13 @@ def chosen_loras(
     if targets is None:
         return [s.lora for s in found]
     keys = {s.key: Weight(s.name, logical_shape(s.original)) for s in found}
-    named = set(match_targets(keys, targets))
+    try:
+        named = set(match_targets(keys, targets))
+    except NoMatchError as error:
+        if error.pattern in adapter_names(model):
+            accepted = f"patterns over weights; the adapter is chosen by adapter={error.pattern!r}"
+            raise OptionError("targets", error.pattern, accepted) from None
+        raise
     return [s.lora for s in found if s.key in named]
 
 

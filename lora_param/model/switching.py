@@ -15,16 +15,20 @@ __all__ = ["disabled", "set_scale", "switch"]
 
 
 def switch(
-    model: nn.Module, enabled: bool, adapter: str | None = None, targets: Patterns | None = None
+    model: nn.Module,
+    enabled: bool,
+    targets: Patterns | None = None,
+    *,
+    adapter: str | None = None,
 ) -> None:
     """What `lora_param.enable` and `disable` do on a live model."""
-    for lora in chosen_loras(model, adapter, targets):
+    for lora in chosen_loras(model, targets, adapter=adapter):
         lora.enabled = enabled
 
 
 @contextmanager
 def disabled(
-    model: nn.Module, adapter: str | None = None, targets: Patterns | None = None
+    model: nn.Module, targets: Patterns | None = None, *, adapter: str | None = None
 ) -> Iterator[None]:
     """Leave updates out within a `with` block; what was enabled before is enabled after.
 
@@ -35,9 +39,9 @@ def disabled(
         ...     type(model.weight).__name__
         'Parameter'
     """
-    before = [(lora, lora.enabled) for lora in chosen_loras(model, adapter, targets)]
+    before = [(lora, lora.enabled) for lora in chosen_loras(model, targets, adapter=adapter)]
     try:
-        switch(model, False, adapter, targets)
+        switch(model, False, targets, adapter=adapter)
         yield
     finally:
         for lora, was in before:
@@ -45,7 +49,11 @@ def disabled(
 
 
 def set_scale(
-    model: nn.Module, factor: float, adapter: str | None = None, targets: Patterns | None = None
+    model: nn.Module,
+    factor: float,
+    targets: Patterns | None = None,
+    *,
+    adapter: str | None = None,
 ) -> None:
     """Set the strength of updates: 1.0 is as trained, 0.5 half of it, -1.0 its opposite.
 
@@ -57,5 +65,5 @@ def set_scale(
     """
     if not math.isfinite(factor):
         raise OptionError("factor", factor, "a finite number")
-    for lora in chosen_loras(model, adapter, targets):
+    for lora in chosen_loras(model, targets, adapter=adapter):
         lora.configure(lora.settings, float(factor))

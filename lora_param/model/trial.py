@@ -121,7 +121,7 @@ def _base_loss(
     keep: Iterable[str] = (),
 ) -> float:
     state.restore(keep)
-    with disabled(model, adapter):
+    with disabled(model, adapter=adapter):
         return _value(loss(model)).item()
 
 

@@ -92,16 +92,16 @@ def test_several_adapters_switch_apart() -> None:
             p.normal_(0, 0.3)
     with pytest.raises(AdapterExistsError, match="'b'"):
         lp.apply(model, ["0"], adapter="b")
-    lp.disable(model, "b")
+    lp.disable(model, adapter="b")
     assert torch.equal(model(X), with_a)
-    lp.disable(model, "a")
+    lp.disable(model, adapter="a")
     torch.testing.assert_close(model(X), base)
-    lp.enable(model, "b", targets=["2"])
+    lp.enable(model, ["2"], adapter="b")
     with lp.disabled(model):
         torch.testing.assert_close(model(X), base)
     assert [r.enabled for r in lp.stats(model).rows] == [False, False, True]
     with pytest.raises(NoAdapterError, match="no adapter named 'c' on this model; it has a, b"):
-        lp.enable(model, "c")
+        lp.enable(model, adapter="c")
     with pytest.raises(NoMatchError):
         lp.enable(model, targets=["1"])
     lp.bake(model, "a")
