@@ -30,7 +30,7 @@ from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.rows import Stats
 from lora_param.targets.plan import Plan, Tied, make_plan
 from lora_param.targets.settings import Settings
-from lora_param.targets.weights import Weight, weights_of
+from lora_param.targets.weights import Weight, buffers_of, weights_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,14 +74,17 @@ def plan(
     """
     settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
     weights: Mapping[str, Sequence[int] | Weight]
+    buffers: Iterable[Weight] = ()
     if isinstance(model_or_shapes, Mapping):
         weights = model_or_shapes
     elif isinstance(model_or_shapes, (str, os.PathLike)):
         with open_checkpoint(model_or_shapes, key) as checkpoint:
             weights = checkpoint.weights
     else:
-        weights = weights_of(model_or_shapes)
-    return make_plan(weights, targets, exclude=exclude, settings=settings, tied=tied)
+        weights, buffers = weights_of(model_or_shapes), buffers_of(model_or_shapes)
+    return make_plan(
+        weights, targets, exclude=exclude, settings=settings, tied=tied, buffers=buffers
+    )
 
 
 def apply_checkpoint(

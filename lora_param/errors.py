@@ -7,8 +7,8 @@
     │   │   ├── PatternError          a pattern that cannot be read
     │   │   ├── NoMatchError          a pattern that matches nothing
     │   │   ├── UnsuitableWeightError a weight that LoRA cannot adapt
+    │   │   ├── NoneSuitableError     a pattern that covers such weights alone
     │   │   ├── SliceError            a slice that does not fit its weight
-    │   │   ├── RankError             a rank that does not fit its weight
     │   │   ├── OverlapError          two targets over the same elements
     │   │   └── TiedWeightsError      one side of a tied pair
     │   ├── ModelError                a live model in the wrong state
@@ -55,11 +55,11 @@ __all__ = [
     "NoAdapterError",
     "NoMatchError",
     "NonFiniteError",
+    "NoneSuitableError",
     "OptionError",
     "OutputError",
     "OverlapError",
     "PatternError",
-    "RankError",
     "SliceError",
     "TargetError",
     "TiedWeightsError",
@@ -134,13 +134,36 @@ class NoMatchError(TargetError):
         self.pattern, self.nearest = pattern, tuple(nearest)
 
 
+_NEEDED = "LoRA needs a floating-point parameter with at least two dimensions"
+
+
 class UnsuitableWeightError(TargetError):
     """A weight that LoRA cannot adapt."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"{name} cannot be adapted: it is {reason}. LoRA needs a floating-point weight "
-            f"with at least two dimensions; leave it out or name another."
+            f"{name} cannot be adapted: it is {reason}. {_NEEDED}; leave it out or name another."
+        )
+
+
+class NoneSuitableError(TargetError):
+    """A pattern that covers weights, none of which can be adapted by it.
+
+    Args:
+        pattern: as written.
+        reasons: why not → the names of which it is true.
+        suitable: names of weights that could be adapted if they were named.
+    """
+
+    def __init__(
+        self, pattern: str, reasons: Mapping[str, Sequence[str]], suitable: Sequence[str]
+    ) -> None:
+        covered = sum(map(len, reasons.values()))
+        told = "; ".join(f"{listed(names, 1)}: {reason}" for reason, names in reasons.items())
+        hint = f"Name the weights to adapt, such as {', '.join(suitable)}" if suitable else _NEEDED
+        super().__init__(
+            f"the pattern {pattern!r} can adapt none of the {covered} weights that it covers "
+            f"({told}). {hint}."
         )
 
 
@@ -149,17 +172,6 @@ class SliceError(TargetError):
 
     def __init__(self, target: str, shape: Sequence[int], reason: str) -> None:
         super().__init__(f"{target} does not fit the shape {tuple(shape)}: {reason}.")
-
-
-class RankError(TargetError):
-    """A rank that does not fit its weight."""
-
-    def __init__(self, target: str, rank: int, rows: int, columns: int) -> None:
-        super().__init__(
-            f"rank {rank} does not fit {target}, which is {rows} × {columns} as a matrix: "
-            f"accepted are 1 to {min(rows, columns)}. Set it apart with '{target}:rank=N', "
-            f"or leave it out with '!{target}'."
-        )
 
 
 class OverlapError(TargetError):

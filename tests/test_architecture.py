@@ -18,6 +18,7 @@ ORDER = [
     "targets.settings",
     "targets.patterns",
     "targets.matching",
+    "targets.selection",
     "targets.plan",
     "fingerprint",
     "weight",

@@ -42,7 +42,7 @@ def create_adapter(
         base: a checkpoint of any kind that `open_checkpoint` takes.
         targets: patterns of the target language.
         exclude: patterns that take away.
-        rank: rows of A and columns of B.
+        rank: rows of A and columns of B, capped at min(out, in) of each target.
         alpha: numerator of the scale.
         scaling: standard (alpha/rank), rslora (alpha/√rank) or constant (alpha).
         dropout: probability with which an element of the input is dropped before A, in training.

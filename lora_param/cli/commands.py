@@ -77,7 +77,9 @@ def apply(
         list[str] | None,
         typer.Option("--exclude", metavar="PATTERN", help="Weights to leave out; repeatable."),
     ] = None,
-    rank: Annotated[int, typer.Option("-r", "--rank", help="Rows of A, columns of B.")] = 8,
+    rank: Annotated[
+        int, typer.Option("-r", "--rank", help="Rows of A, columns of B; at most min(out, in).")
+    ] = 8,
     alpha: Annotated[float, typer.Option("--alpha", help="Strength: scale is alpha/rank.")] = 16.0,
     scaling: Annotated[
         str, typer.Option(help="standard (alpha/rank), rslora (alpha/√rank) or constant (alpha).")

@@ -31,7 +31,7 @@ from lora_param.model.sites import (
 )
 from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import Settings
-from lora_param.targets.weights import canonical_name, weights_of
+from lora_param.targets.weights import buffers_of, canonical_name, weights_of
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import dense, logical_dtype
 from lora_param.weight.init import fresh_tensors
@@ -71,7 +71,8 @@ def apply(
         model: any module; changed in place.
         targets: patterns that choose weights, see the README's "Targets".
         exclude: patterns that take away.
-        rank: rows of A and columns of B.
+        rank: rows of A and columns of B. On a weight whose matrix has fewer rows or columns it is
+            as many, and the scale what this rank gives.
         alpha: the strength; scale is alpha/rank.
         scaling: "standard" (alpha/rank), "rslora" (alpha/√rank) or "constant" (alpha).
         dropout: probability of dropping an element of the input before A, while training.
@@ -90,7 +91,7 @@ def apply(
         The model.
 
     Raises:
-        TargetError: a pattern matches nothing, or a weight, slice or rank does not fit.
+        TargetError: a pattern matches nothing, or a weight or slice does not fit.
         OptionError: a setting outside its accepted values.
         AdapterExistsError: the model has an adapter of this name.
         WrappedModelError: the model is already wrapped by DDP or FSDP.
@@ -103,7 +104,14 @@ def apply(
     """
     settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
     _check_can_attach(model, adapter)
-    plan = make_plan(weights_of(model), targets, exclude=exclude, settings=settings, tied=tied)
+    plan = make_plan(
+        weights_of(model),
+        targets,
+        exclude=exclude,
+        settings=settings,
+        tied=tied,
+        buffers=buffers_of(model),
+    )
     if not inplace:
         model = copy.deepcopy(model)
     where = owners(model)

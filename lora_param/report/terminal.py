@@ -148,7 +148,7 @@ def plan_view(plan: Plan) -> RenderableType:
     groups = collapse(
         plan.targets,
         lambda t: str(t.target),
-        lambda t: (t.weight.shape, _tied(t), *(show(t) for _, show in columns)),
+        lambda t: (t.weight.shape, _remarks(t), *(show(t) for _, show in columns)),
     )
     words = [Column(n, left=n in ("variant", "init", "dtype")) for n, _ in varying]
     lines = [
@@ -160,7 +160,7 @@ def plan_view(plan: Plan) -> RenderableType:
                 figures.count(sum(t.trainable for t in g.items)),
             ),
             len(g.items),
-            _tied(g.items[0]),
+            _remarks(g.items[0]),
         )
         for g in groups
     ]
@@ -179,8 +179,9 @@ def plan_view(plan: Plan) -> RenderableType:
     )
 
 
-def _tied(target: PlannedTarget) -> tuple[str, ...]:
-    words = [f"tied to {n}" for n in target.also] + [f"apart from {n}" for n in target.apart]
+def _remarks(target: PlannedTarget) -> tuple[str, ...]:
+    words = [] if target.asked is None else [f"rank {target.asked} asked"]
+    words += [f"tied to {n}" for n in target.also] + [f"apart from {n}" for n in target.apart]
     return tuple(words)
 
 

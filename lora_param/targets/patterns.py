@@ -86,6 +86,14 @@ class Pattern:
             e.fullmatch(name) or (short != name and e.fullmatch(short)) for e in self.expressions
         )
 
+    def covers(self, weight: Weight) -> str:
+        """Why a weight within the pattern's reach cannot be adapted by it, or ""."""
+        if self.kind == "all-linear":
+            return weight.not_linear
+        if self.kind == "type":
+            return weight.unsuitable if self.type_name in weight.classes else ""
+        return weight.unsuitable if self.matches(weight) else ""
+
 
 @lru_cache(maxsize=1024)
 def parse_pattern(text: str) -> Pattern:

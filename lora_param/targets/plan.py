@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from lora_param.errors import (
-    NoMatchError,
     OptionError,
     OverlapError,
-    RankError,
     TargetError,
     TiedWeightsError,
-    UnsuitableWeightError,
 )
-from lora_param.targets.matching import nearest_names
-from lora_param.targets.patterns import Pattern, parse_pattern
-from lora_param.targets.regions import WHOLE, Region, Target
+from lora_param.targets.patterns import parse_pattern
+from lora_param.targets.regions import Region, Target
+from lora_param.targets.selection import PatternCount, Selection
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import Weight, count_base, weights_from
 
@@ -50,6 +47,7 @@ class PlannedTarget:
         pattern: the last pattern that named it.
         also: further names of the same (tied) tensor that share the factors.
         apart: further names of the same tensor that keep the base.
+        asked: the rank that was asked for, where it is above min(out, in) and so was capped.
     """
 
     target: Target
@@ -58,6 +56,7 @@ class PlannedTarget:
     pattern: str
     also: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    asked: int | None = None
 
     @property
     def matrix(self) -> tuple[int, ...]:
@@ -68,15 +67,6 @@ class PlannedTarget:
     def trainable(self) -> int:
         """Number of elements of the factors."""
         return sum(math.prod(shape) for shape in self.settings.shapes(self.matrix).values())
-
-
-@dataclass(frozen=True, slots=True)
-class PatternCount:
-    """How often a pattern matched."""
-
-    pattern: str
-    matched: int
-    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +117,7 @@ class Plan:
                     "shape": list(t.weight.shape),
                     "dtype": t.weight.dtype,
                     **asdict(t.settings),
+                    "asked": t.asked,
                     "scale": t.settings.scale,
                     "trainable": t.trainable,
                     "pattern": t.pattern,
@@ -145,70 +136,10 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{c.pattern}: {c.matched} matched" for c in self.counts]
-        lines += [f"{t.target}: rank {t.settings.rank}" for t in self.targets]
+        lines += [f"{t.target}: {_rank(t)}" for t in self.targets]
         lines += [f"{item.name}: left out, {item.reason}" for item in self.left_out]
         lines.append(f"trainable {self.trainable:,} of {self.base:,} ({self.percent:.2f} %)")
         return "\n".join(lines)
-
-
-@dataclass
-class _Selection:
-    """What the patterns have chosen so far."""
-
-    weights: Mapping[str, Weight]
-    chosen: dict[Target, tuple[Settings, str]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def add(self, pattern: Pattern, base: Settings) -> PatternCount:
-        """Take what the pattern matches; the last pattern that names a weight decides."""
-        settings = replace(base, **pattern.settings)  # type: ignore[arg-type]
-        matched = left_out = 0
-        for weight in self.weights.values():
-            if not pattern.matches(weight):
-                if pattern.kind == "all-linear" and (reason := weight.not_all_linear):
-                    self.left_out[weight.name] = reason
-                    left_out += 1
-                continue
-            if weight.unsuitable:
-                if pattern.is_explicit:
-                    raise UnsuitableWeightError(weight.name, weight.unsuitable)
-                self.left_out[weight.name] = weight.unsuitable
-                left_out += 1
-                continue
-            region = pattern.part.resolve(weight.name, weight.shape) if pattern.part else WHOLE
-            self.chosen[Target(weight.name, region)] = (settings, pattern.text)
-            matched += 1
-        if not matched:
-            raise self.nothing(pattern)
-        return PatternCount(pattern.text, matched, left_out)
-
-    def take_away(self, pattern: Pattern, text: str) -> PatternCount:
-        """Drop what the pattern matches: the whole weight, or just the part it names."""
-        named = [w for w in self.weights.values() if pattern.matches(w)]
-        if not named:
-            raise self.nothing(pattern)
-        gone = [
-            target
-            for target in self.chosen
-            for weight in named
-            if target.name == weight.name
-            and (
-                pattern.part is None
-                or target.region == pattern.part.resolve(weight.name, weight.shape)
-            )
-        ]
-        for target in gone:
-            del self.chosen[target]
-        return PatternCount(text, len(gone))
-
-    def nothing(self, pattern: Pattern) -> TargetError:
-        """The error for a pattern that matches nothing: why, or the nearest names."""
-        if pattern.kind == "type" and not any(w.classes for w in self.weights.values()):
-            return TargetError(
-                f"{pattern.text!r} needs a live model: a file does not say which class a weight "
-                f"belongs to. Name the weights, or give the model as python:MODULE:CALLABLE."
-            )
-        return NoMatchError(pattern.text, nearest_names(pattern, self.weights), len(self.weights))
 
 
 def make_plan(
@@ -218,8 +149,11 @@ def make_plan(
     exclude: str | Iterable[str] = (),
     settings: Settings | None = None,
     tied: Tied = "error",
+    buffers: Iterable[Weight] = (),
 ) -> Plan:
     """Choose the targets among `weights`.
+
+    A rank above min(out, in) of a target's matrix is capped there, and its scale kept.
 
     Args:
         weights: names and shapes, or names and `Weight`s.
@@ -227,10 +161,11 @@ def make_plan(
         exclude: patterns that take away, as `!PATTERN` among the targets does.
         settings: for what the patterns do not set.
         tied: what to do about a tensor with several names of which only some are targeted.
+        buffers: what else has a name on the model; asked for when a pattern matches no weight.
 
     Raises:
         TargetError: a pattern that cannot be read or matches nothing, a weight that cannot be
-            adapted, a rank or slice that does not fit, overlapping targets, one side of a tie.
+            adapted, a slice that does not fit, overlapping targets, one side of a tie.
         OptionError: a setting outside its accepted values.
     """
     if tied not in TIED:
@@ -241,7 +176,7 @@ def make_plan(
     if not any(not p.negated for p in patterns):
         raise OptionError("targets", [p.text for p in patterns], "at least one pattern without '!'")
 
-    selection = _Selection(weights)
+    selection = Selection(weights, buffers)
     base = settings or Settings()
     counts = [selection.add(p, base) for p in patterns if not p.negated]
     counts += [selection.take_away(p, p.text) for p in patterns if p.negated]
@@ -251,12 +186,11 @@ def make_plan(
 
     order = {name: i for i, name in enumerate(weights)}
     planned = [
-        PlannedTarget(target, weights[target.name], chosen[0], chosen[1])
+        _planned(target, weights[target.name], *chosen)
         for target, chosen in sorted(
             selection.chosen.items(), key=lambda item: (order[item[0].name], str(item[0]))
         )
     ]
-    _check_ranks(planned)
     _check_overlaps(planned)
     planned = _join_tied(planned, tied)
     adapted = {t.target.name for t in planned}
@@ -264,11 +198,17 @@ def make_plan(
     return Plan(tuple(planned), tuple(counts), left_out, count_base(weights))
 
 
-def _check_ranks(planned: Sequence[PlannedTarget]) -> None:
-    for t in planned:
-        *_, rows, columns = t.matrix
-        if t.settings.rank > min(rows, columns):
-            raise RankError(str(t.target), t.settings.rank, rows, columns)
+def _planned(target: Target, weight: Weight, asked: Settings, pattern: str) -> PlannedTarget:
+    settings = asked.capped(target.region.matrix(weight.shape))
+    rank = asked.rank if settings.rank != asked.rank else None
+    return PlannedTarget(target, weight, settings, pattern, asked=rank)
+
+
+def _rank(t: PlannedTarget) -> str:
+    if t.asked is None:
+        return f"rank {t.settings.rank}"
+    *_, rows, columns = t.matrix
+    return f"rank {t.settings.rank} instead of {t.asked}, which its {rows} × {columns} cannot have"
 
 
 def _check_overlaps(planned: Sequence[PlannedTarget]) -> None:

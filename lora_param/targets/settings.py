@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_param.errors import OptionError
 
@@ -103,6 +103,20 @@ class Settings:
     def scale(self) -> float:
         """What multiplies B @ A."""
         return scale_of(self.alpha, self.rank, self.scaling)
+
+    def capped(self, matrix: tuple[int, ...]) -> Settings:
+        """What fits a target of shape (out, in), or (E, out, in): a rank of at most min(out, in).
+
+        More would add parameters and nothing else. The scale stays the one that was asked for; it
+        is written down as itself, since alpha/rank of another rank may round to another number.
+
+        >>> Settings(rank=8).capped((2, 16))
+        Settings(rank=2, alpha=2.0, scaling='constant', dropout=0.0, init='kaiming', variant='lora')
+        """
+        limit = min(matrix[-2:])
+        if self.rank <= limit:
+            return self
+        return replace(self, rank=limit, alpha=self.scale, scaling="constant")
 
     def shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of what trains on a target of shape (out, in), or (E, out, in) for a stack.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Weight", "canonical_name", "count_base", "is_buffer_name", "weights_from", "weights_of"]
+__all__ = ["Weight", "buffers_of", "canonical_name", "count_base", "is_buffer_name"]
+__all__ += ["weights_from", "weights_of"]
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
@@ -69,21 +70,33 @@ class Weight:
         return ""
 
     @property
-    def not_all_linear(self) -> str | None:
-        """Why `all-linear` leaves it out: a reason to show, "" for what it never meant, or None."""
-        if self.unsuitable or is_buffer_name(self.name):
-            return self.packed
+    def not_linear(self) -> str:
+        """Why `all-linear` leaves it out, or ""."""
+        if self.unsuitable:
+            return self.unsuitable
+        if is_buffer_name(self.name):
+            return "a running statistic, by its name"
         if self.classes and not _LINEAR_CLASSES.intersection(self.classes):
-            return ""
+            return f"of a {self.classes[0].removeprefix('Parametrized')}, not of a linear layer"
         if len(self.shape) != 2:
-            return ""
+            return f"{len(self.shape)}-dimensional"
         if not self.classes and _EMBEDDING.search(self.name):
             return "an embedding, by its name"
         if self.head:
             return "the output head"
         if not self.classes and _HEAD.search(self.name):
             return "an output head, by its name"
-        return None
+        return ""
+
+    @property
+    def not_all_linear(self) -> str | None:
+        """Why `all-linear` leaves it out: a reason to show, "" for what it never meant, or None."""
+        reason = self.not_linear
+        if not reason or self.packed:
+            return reason or None
+        meant = not self.unsuitable and not is_buffer_name(self.name) and len(self.shape) == 2
+        is_linear = not self.classes or _LINEAR_CLASSES.intersection(self.classes)
+        return reason if meant and is_linear else ""
 
 
 def is_buffer_name(name: str) -> bool:
@@ -142,6 +155,14 @@ def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
         )
         for name, (tensor, owner) in found.items()
     }
+
+
+def buffers_of(model: torch.nn.Module) -> Iterator[Weight]:
+    """The buffers of a live model, as planning sees them: it can say that they are no weights."""
+    for name, tensor in model.named_buffers(remove_duplicate=False):
+        if "parametrizations" not in name.split("."):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            yield Weight(canonical_name(name), tuple(tensor.shape), dtype)
 
 
 def _packed(tensor: torch.Tensor) -> str:

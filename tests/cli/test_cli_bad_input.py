@@ -278,7 +278,6 @@ def test_patterns(refused: Refused, patterns: list[str], says: list[str]) -> Non
     [
         (["-r", "0"], "rank is 0; accepted: a whole number of at least 1"),
         (["-r", "-1"], "rank is -1"),
-        (["-r", "9"], "accepted are 1 to 8"),
         (["-r", "2", "--alpha", "nan"], "alpha is nan"),
         (["-r", "2", "--alpha", "0"], "alpha is 0"),
         (["-r", "2", "--dropout", "1"], "dropout is 1"),
