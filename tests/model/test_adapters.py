@@ -38,7 +38,7 @@ def test_apply_is_all_or_nothing() -> None:
     model = net()
     for targets, error in [
         (["0", "nothing"], NoMatchError),
-        (["0", "2:rank=9"], ValueError),
+        (["0", "2:rank=0"], OptionError),
         (["0", "0.bias"], UnsuitableWeightError),
         (["0", "2:init=odd"], OptionError),
         (["0", "2:variant=odd"], OptionError),
