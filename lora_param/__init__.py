@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from lora_param.model.adapters import param_groups as param_groups
     from lora_param.model.adapters import parameters as parameters
     from lora_param.model.adapters import remove as remove
+    from lora_param.model.baking import bake as bake
     from lora_param.model.cache import cached as cached
     from lora_param.model.lora import LoRA as LoRA
     from lora_param.model.record import get_adapter as get_adapter
-    from lora_param.model.state import bake as bake
     from lora_param.model.state import base_state_dict as base_state_dict
     from lora_param.model.state import merged_state_dict as merged_state_dict
     from lora_param.model.switching import disabled as disabled
@@ -65,7 +65,7 @@ _HOMES = {
     "apply": "model.adapters",
     "apply_checkpoint": "api",
     "attach": "model.adapters",
-    "bake": "model.state",
+    "bake": "model.baking",
     "bake_checkpoint": "formats.bake",
     "base_state_dict": "model.state",
     "cached": "model.cache",

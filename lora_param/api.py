@@ -17,8 +17,8 @@ from lora_param.adapter import Adapter, check_name
 from lora_param.checkpoint.create import create_adapter
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.checkpoint.writer import check_output
 from lora_param.errors import OptionError, OutputError
+from lora_param.files.writer import check_output
 from lora_param.formats import (
     check_adapter_name,
     is_adapter,
@@ -26,11 +26,12 @@ from lora_param.formats import (
     toggle_file,
     write_adapter,
 )
+from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.rows import Stats
 from lora_param.targets.plan import Plan, Tied, make_plan
 from lora_param.targets.settings import Settings
-from lora_param.targets.weights import Weight, buffers_of, weights_of
+from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
     from torch import nn

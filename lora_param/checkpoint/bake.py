@@ -22,8 +22,8 @@ from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
 from lora_param.checkpoint.verify import verify_directory, verify_file
-from lora_param.checkpoint.writer import check_output, replace_directory, replace_file
 from lora_param.errors import FileError, OptionError, OutputError, UnchangedError
+from lora_param.files.writer import check_output, replace_directory, replace_file
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.pickle import data_of, describe_tensors
 from lora_param.errors import UnknownFileError
-from lora_param.targets.weights import Weight, weights_of
+from lora_param.model.weights import weights_of
+from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from lora_param.checkpoint.base import Checkpoint
-from lora_param.checkpoint.header import TORCH_SAVE
 from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
+from lora_param.files.header import TORCH_SAVE
 
 __all__ = ["ACCEPTED", "open_checkpoint"]
 

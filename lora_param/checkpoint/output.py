@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lora_param.checkpoint.base import Checkpoint
-from lora_param.checkpoint.header import Entry
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.pickle import PickleCheckpoint
-from lora_param.checkpoint.safetensors import (
-    NAMES,
-    SafetensorsCheckpoint,
-    StreamEntry,
-    tensor_bytes,
-    write_safetensors,
-)
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
-from lora_param.checkpoint.writer import copy_range
 from lora_param.errors import OutputError
+from lora_param.files.header import Entry
+from lora_param.files.safetensors import NAMES, StreamEntry, tensor_bytes, write_safetensors
+from lora_param.files.writer import copy_range
 
 if TYPE_CHECKING:
     import torch

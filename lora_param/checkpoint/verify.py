@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.pickle import PickleCheckpoint
-from lora_param.checkpoint.safetensors import SafetensorsCheckpoint, tensor_bytes
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.errors import OutputError
+from lora_param.files.safetensors import tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

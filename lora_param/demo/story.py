@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.checkpoint.safetensors import StreamEntry, write_safetensors
 from lora_param.demo.folder import prepare_folder
 from lora_param.demo.page import Page, accuracy_table
 from lora_param.errors import InternalError, OptionError
+from lora_param.files.safetensors import StreamEntry, write_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

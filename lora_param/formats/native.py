@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_param.adapter import Adapter, AdapterTarget
-from lora_param.checkpoint.header import Header, encode_header, read_header
-from lora_param.checkpoint.safetensors import (
+from lora_param.errors import BrokenFileError, OutputError, UnknownFileError, UserError
+from lora_param.files.header import Header, encode_header, read_header
+from lora_param.files.safetensors import (
     NAMES,
-    SafetensorsCheckpoint,
+    SafetensorsFile,
     StreamEntry,
     write_safetensors,
 )
-from lora_param.checkpoint.writer import copy_range, replace_file
-from lora_param.errors import BrokenFileError, OutputError, UnknownFileError, UserError
+from lora_param.files.writer import copy_range, replace_file
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats.base import Format
 from lora_param.targets.regions import Target, parse_target, split_slice
@@ -70,7 +70,7 @@ def _recognise(path: Path) -> bool:
 
 
 def _read(path: Path) -> Adapter:
-    checkpoint = SafetensorsCheckpoint(path)
+    checkpoint = SafetensorsFile(path)
     version = checkpoint.metadata[_MARK]
     if version != VERSION:
         raise UnknownFileError(

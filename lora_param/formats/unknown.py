@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_param.checkpoint.header import read_header
 from lora_param.errors import UnknownFileError
+from lora_param.files.header import read_header
 
 __all__ = ["ACCEPTED", "unknown_adapter"]
 

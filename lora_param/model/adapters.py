@@ -29,9 +29,10 @@ from lora_param.model.sites import (
     sites,
     unwrapped,
 )
+from lora_param.model.weights import buffers_of, weights_of
 from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import Settings
-from lora_param.targets.weights import buffers_of, canonical_name, weights_of
+from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import dense, logical_dtype
 from lora_param.weight.init import fresh_tensors

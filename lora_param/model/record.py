@@ -13,8 +13,8 @@ from lora_param.errors import MismatchError, listed
 from lora_param.fingerprint import BaseWeight, tensor_base_weight
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensors, own_sites, sites, unwrapped
+from lora_param.model.weights import weights_of
 from lora_param.targets.regions import Target
-from lora_param.targets.weights import weights_of
 from lora_param.weight.base import dense
 
 __all__ = ["check_base", "fingerprint", "get_adapter", "load_into"]

@@ -1,24 +1,18 @@
-"""State dicts under original names, and baking: writing W + ΔW where W stood."""
+"""State dicts under original names: of the base, and with W + ΔW of each adapted weight."""
 
 from __future__ import annotations
-
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_param.errors import ModelError, NoAdapterError, NonFiniteError
-from lora_param.model.adapters import detach
-from lora_param.model.attach import Site, first_order, is_plain_chain, replace_original
+from lora_param.errors import ModelError
+from lora_param.model.attach import Site, first_order, is_plain_chain
 from lora_param.model.lora import LoRA
-from lora_param.model.sites import by_weight, refuse_wrapped, sites, unwrapped
+from lora_param.model.sites import by_weight, sites, unwrapped
 from lora_param.targets.weights import canonical_name
-from lora_param.weight.base import dense, storage_of
 from lora_param.weight.update import merge
 
-__all__ = ["bake", "base_state_dict", "merged_state_dict"]
-
-Model = TypeVar("Model", bound=nn.Module)
+__all__ = ["base_state_dict", "check_plain", "merge_identity", "merged_state_dict", "merged_weight"]
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -45,13 +39,13 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     model = unwrapped(model)
     found = sites(model)
-    _check_plain(found)
+    check_plain(found)
     merged: dict[tuple[int, ...], Tensor] = {}
     of_weight: dict[tuple[int, str], Tensor] = {}
     for group in by_weight(found):
-        key = _identity(group)
+        key = merge_identity(group)
         if key not in merged:
-            merged[key] = _merged(group)
+            merged[key] = merged_weight(group)
         of_weight[id(group[0].owner), group[0].tensor] = merged[key]
     return _renamed(model, {s.name: of_weight[id(s.owner), s.tensor] for s in found})
 
@@ -90,84 +84,23 @@ def _renamed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def _identity(group: list[Site]) -> tuple[int, ...]:
+def merge_identity(group: list[Site]) -> tuple[int, ...]:
     """Equal for weights that share base and factors, and so their merged value."""
     return (id(group[0].original), *(id(s.lora) for s in group))
 
 
 @torch.no_grad()
-def _merged(group: list[Site]) -> Tensor:
+def merged_weight(group: list[Site]) -> Tensor:
+    """W + ΔW of all enabled updates on one weight, in the weight's dtype."""
     updates = [s.lora.update() for s in group if s.lora.enabled]
     return merge(group[0].original.detach(), updates)
 
 
-def _check_plain(found: list[Site]) -> None:
+def check_plain(found: list[Site]) -> None:
+    """Refuse weights that carry another parametrization besides LoRA."""
     for site in found:
         if not is_plain_chain(site.owner, site.tensor):
             raise ModelError(
                 f"{site.name} carries another parametrization besides LoRA, through which W + ΔW "
                 f"cannot be written; remove that one first."
             )
-
-
-def bake(model: Model, adapter: str | None = None) -> Model:
-    """Write W + ΔW where W stood and forget the factors; plain modules again.
-
-    Each weight is merged in fp32 (fp64 for fp64 weights) and rounded once to its own dtype; the
-    Parameters stay the same objects. A disabled update adds nothing. A tensor that several names
-    share is merged once; where a name was adapted apart from the others, it gets its own copy.
-
-    Args:
-        model: an adapted model.
-        adapter: bake one adapter and leave the others attached, or all where None.
-
-    Raises:
-        NoAdapterError: no such adapter.
-        NonFiniteError: a factor, or a merged weight, is NaN or infinite; the model is unchanged.
-        ModelError: another parametrization stands on an adapted weight.
-        WrappedModelError: the model is sharded by FSDP.
-    """
-    found = sites(model, adapter)
-    if not found:
-        raise NoAdapterError(adapter, [])
-    inner = unwrapped(model)
-    refuse_wrapped(inner)
-    _check_plain(found)
-    groups = by_weight(found)
-    _check_finite(groups)
-    _write(inner, groups)
-    detach(inner, found)
-    return model
-
-
-def _check_finite(groups: list[list[Site]]) -> None:
-    """Before anything is written: a factor or a merged value that is not a number."""
-    for group in groups:
-        original = dense(group[0].original.detach())
-        for site in group:
-            for name, factor in site.lora.factors().items() if site.lora.enabled else ():
-                if not factor.isfinite().all():
-                    raise NonFiniteError(f"{site.key}.{name}")
-        if not (_merged(group).isfinite() | ~original.isfinite()).all():
-            raise NonFiniteError(f"{group[0].name} merged to {original.dtype}")
-
-
-@torch.no_grad()
-def _write(model: nn.Module, groups: list[list[Site]]) -> None:
-    """Merge in place where nobody else reads the base; else give the names one of their own."""
-    holders: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    shared: dict[tuple[int, ...], list[list[Site]]] = {}
-    for group in groups:
-        shared.setdefault(_identity(group), []).append(group)
-    for members in shared.values():
-        original, merged = members[0][0].original, _merged(members[0])
-        if holders[id(original)] == len(members) and storage_of(original) is None:
-            original.copy_(merged)
-            continue
-        own = nn.Parameter(merged, requires_grad=original.requires_grad)
-        holders[id(original)] -= len(members)
-        for group in members:
-            replace_original(group[0].owner, group[0].tensor, own)

@@ -14,8 +14,8 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from lora_param.checkpoint.writer import check_output
 from lora_param.errors import MissingPackageError, OutputError
+from lora_param.files.writer import check_output
 from lora_param.report import figures
 from lora_param.report.data import StatsData, TargetRow
 from lora_param.report.grid import Grid, in_reading_order, lay_out

@@ -69,7 +69,7 @@ class Stats(StatsData):
             MissingPackageError: Matplotlib is not installed.
             OutputError: the file exists (without force) or is no page, or cannot be written.
         """
-        from lora_param.checkpoint.writer import replace_file
+        from lora_param.files.writer import replace_file
         from lora_param.report.html import check_page
 
         check_page(path, force=force)

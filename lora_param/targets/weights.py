@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Weight", "buffers_of", "canonical_name", "count_base", "is_buffer_name"]
-__all__ += ["weights_from", "weights_of"]
+__all__ = ["Weight", "canonical_name", "count_base", "is_buffer_name", "weights_from"]
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
@@ -129,67 +124,3 @@ def canonical_name(name: str) -> str:
     if not any(wrapper in name for wrapper in _WRAPPERS):
         return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
-    """The parameters of a live model under their original names, parametrized ones included."""
-    names: dict[int, list[str]] = {}
-    found: dict[str, tuple[torch.Tensor, torch.nn.Module]] = {}
-    for name, tensor, owner in _parameters(model):
-        if name not in found:
-            names.setdefault(id(tensor), []).append(name)
-            found[name] = (tensor, owner)
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return {
-        name: Weight(
-            name,
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-            tuple(
-                c.__name__ for c in type(owner).__mro__ if c.__name__ not in ("Module", "object")
-            ),
-            tuple(n for n in names[id(tensor)] if n != name),
-            head=owner is head,
-            packed=_packed(tensor),
-        )
-        for name, (tensor, owner) in found.items()
-    }
-
-
-def buffers_of(model: torch.nn.Module) -> Iterator[Weight]:
-    """The buffers of a live model, as planning sees them: it can say that they are no weights."""
-    for name, tensor in model.named_buffers(remove_duplicate=False):
-        if "parametrizations" not in name.split("."):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            yield Weight(canonical_name(name), tuple(tensor.shape), dtype)
-
-
-def _packed(tensor: torch.Tensor) -> str:
-    kind = type(tensor).__name__
-    if kind in ("Parameter", "Tensor", "UninitializedParameter", "DTensor", "FakeTensor"):
-        return "not yet initialised" if kind == "UninitializedParameter" else ""
-    is_quantized = hasattr(tensor, "dequantize") and type(tensor).__module__.startswith(
-        ("torchao", "bitsandbytes", "optimum", "hqq")
-    )
-    return f"quantized, a {kind}" if is_quantized else ""
-
-
-def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.nn.Module]]:
-    """Name, tensor and owner of each parameter; of a parametrized one, the original tensor."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        if "parametrizations" in path.split("."):
-            continue
-        own: dict[str, torch.Tensor] = {
-            name: p for name, p in module._parameters.items() if p is not None
-        }
-        lists = module._modules.get("parametrizations")
-        if lists is not None:
-            for name, chain in lists.named_children():
-                original = chain._parameters.get("original")
-                if original is not None:
-                    own[name] = original
-                elif "original0" in chain._parameters:
-                    own[name] = getattr(module, name)
-        for name, tensor in own.items():
-            yield canonical_name(f"{path}.{name}" if path else name), tensor, module

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_param.checkpoint.header import DTYPES, MAX_HEADER, read_header
-from lora_param.checkpoint.safetensors import NAMES, SafetensorsCheckpoint, write_safetensors
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.errors import BrokenFileError, MissingFileError, OutputError
+from lora_param.files.header import DTYPES, MAX_HEADER, read_header
+from lora_param.files.safetensors import NAMES, write_safetensors
 from lora_param.fingerprint import tensor_base_weight
 
 

@@ -287,7 +287,7 @@ def test_patterns(refused: Refused, patterns: list[str], says: list[str]) -> Non
         (["-r", "2", "--tied", "x"], "accepted: error, together, apart"),
         (["-r", "2", "--seed", "-1"], "seed is -1"),
         (["-r", "2", "--seed", str(2**64)], "2**64 - 1"),
-        (["-r", "2", "--name", ""], "name is ''"),
+        (["-r", "2", "--name", ""], "adapter is ''"),
         (["-r", "2", "--exclude", "zzz"], "'zzz' matches none"),
     ],
 )

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-import lora_param.checkpoint.writer as writer
-from lora_param.checkpoint.writer import copy_range, replace_directory, replace_file
+import lora_param.files.writer as writer
 from lora_param.errors import BrokenFileError, OutputError
+from lora_param.files.writer import copy_range, replace_directory, replace_file
 
 
 def test_new_files_obey_the_umask_and_old_ones_keep_their_mode(tmp_path):
@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from lora_param.checkpoint.writer import replace_directory, replace_file
+from lora_param.files.writer import replace_directory, replace_file
 if sys.argv[1] == "file":
     with replace_file(sys.argv[2], force=True) as file:
         file.write(b"half"); file.flush(); print("ready", flush=True); time.sleep(60)

@@ -1,0 +1,1 @@
+"""Bytes on disk: the safetensors header, tensors read lazily, outputs whole or not at all."""
