@@ -19,7 +19,7 @@ from cli_samples import Cli, fill, small_weights, snapshot
 from safetensors.torch import load_file, save_file
 
 import lora_param as lp
-from lora_param.checkpoint import writer
+from lora_param.files import writer
 
 Refused = Callable[..., str]
 
