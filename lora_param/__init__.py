@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lora_param.adapter import Adapter as Adapter
     from lora_param.api import apply_checkpoint as apply_checkpoint
+    from lora_param.api import convert as convert
     from lora_param.api import disable as disable
     from lora_param.api import enable as enable
     from lora_param.api import load as load
@@ -69,6 +70,7 @@ _HOMES = {
     "bake_checkpoint": "formats.bake",
     "base_state_dict": "model.state",
     "cached": "model.cache",
+    "convert": "api",
     "disable": "api",
     "disabled": "model.switching",
     "enable": "api",

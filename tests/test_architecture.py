@@ -150,6 +150,7 @@ def test_the_public_names_are_these() -> None:
         "bake_checkpoint",
         "cached",
         "base_state_dict",
+        "convert",
         "disable",
         "disabled",
         "enable",

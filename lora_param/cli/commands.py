@@ -32,6 +32,12 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default
 AdapterFile = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="An adapter file.", show_default=False)
 ]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        metavar="out-in|in-out", help="How square weights are stored, where nothing tells it."
+    ),
+]
 Targets = Annotated[
     list[str] | None,
     typer.Option("-t", "--target", metavar="PATTERN", help="Weights to choose; may be repeated."),
@@ -150,7 +156,9 @@ def stats(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|ADAPTER", help=f"{_MODEL} Or an adapter file.", show_default=False
+            metavar="MODEL|ADAPTER",
+            help=f"{_MODEL} Or an adapter file or a PEFT directory.",
+            show_default=False,
         ),
     ],
     adapter: Annotated[
@@ -169,6 +177,7 @@ def stats(
         typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
     ] = None,
     key: Key = None,
+    layout: Layout = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     json: Json = False,
@@ -188,6 +197,7 @@ def stats(
             norms=norms,
             key=key,
             check_fingerprint=not ignore_fingerprint,
+            layout=layout,
             progress=progress,
         )
     if html is not None:
@@ -243,7 +253,7 @@ def bake(
         list[str],
         typer.Argument(
             metavar="ADAPTER[=WEIGHT]...",
-            help="Adapter files; WEIGHT multiplies the update.",
+            help="Adapter files or PEFT directories; WEIGHT multiplies the update.",
             show_default=False,
         ),
     ],
@@ -261,6 +271,7 @@ def bake(
         bool, typer.Option("--verify", help="Read the output again and compare every tensor.")
     ] = False,
     key: Key = None,
+    layout: Layout = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     no_sync: NoSync = False,
@@ -285,6 +296,7 @@ def bake(
             sync=not no_sync,
             verify=verify,
             require_change=True,
+            layout=layout,
             progress=progress,
         )
     if json:
@@ -306,6 +318,52 @@ def _weighted(text: str) -> tuple[str, float]:
         if not Path(path).exists():  # an adapter whose name has an equals sign in it
             return text, 1.0
         raise OptionError(f"the weight of {path}", weight, "a number, as in ADAPTER=0.5") from None
+
+
+@app.command()
+def convert(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter file or a PEFT directory.", show_default=False
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="native or peft.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="OUT", help="A file; for peft a directory."),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What the adapter is for; as MODEL elsewhere."),
+    ] = None,
+    key: Key = None,
+    layout: Layout = None,
+    ignore_fingerprint: AnyBase = False,
+    force: Force = False,
+    no_sync: NoSync = False,
+    json: Json = False,
+) -> None:
+    """Write an adapter in another format, without loss.
+
+    Example: lora-param convert peft-directory --to native --base model -o adapter.safetensors
+    """
+    record = lp.convert(
+        adapter,
+        to,
+        output,
+        base=base,
+        layout=layout,
+        key=key,
+        check_fingerprint=not ignore_fingerprint,
+        force=force,
+        sync=not no_sync,
+    )
+    if json:
+        found = {"format": to, "targets": list(record.targets), "notes": list(record.notes)}
+        show_json({"output": str(output), **found})
+        return
+    show(*record.notes, f"Wrote {output}: {len(record.targets)} targets as {to}.")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.errors import AdapterExistsError, NoAdapterError
 from lora_param.model.attach import Site, attach_lora, detach_loras, sites_of
-from lora_param.model.lora import LoRA
+from lora_param.model.lora import BuiltLoRA, LoRA
 from lora_param.model.record import check_base
 from lora_param.model.sites import (
     Patterns,
@@ -34,7 +34,7 @@ from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight
-from lora_param.weight.base import dense, logical_dtype
+from lora_param.weight.base import dense, logical_dtype, logical_shape
 from lora_param.weight.init import fresh_tensors
 from lora_param.weight.precision import compute_dtype
 
@@ -149,7 +149,7 @@ def attach(
     name = adapter.name if name is None else name
     _check_can_attach(model, name)
     where = owners(model)
-    check_base(model, adapter, check_fingerprint)
+    adapter = check_base(model, adapter, check_fingerprint)
     loras = []
     for key, target in adapter.targets.items():
         owner, tensor = where[target.target.name]
@@ -197,7 +197,8 @@ def _put_on(
     if freeze:
         _freeze(model)
     for target, factors in loras:
-        lora = LoRA(target, factors, adapter)
+        of_vector = logical_shape(base_tensor(*where[target.target.name]))[1:] == ()
+        lora = (BuiltLoRA if of_vector else LoRA)(target, factors, adapter)
         done: set[tuple[int, str]] = set()
         for name in (target.target.name, *target.also):
             owner, tensor = where[name]

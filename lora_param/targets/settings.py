@@ -16,7 +16,9 @@ SCALINGS = ("standard", "rslora", "constant")
 VARIANTS: Mapping[str, Mapping[str, str]] = {
     "lora": {"lora_A": "rank in", "lora_B": "out rank"},
     "dora": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "out"},
+    "dora_columns": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "in"},
     "miss": {"lora_M": "rank out"},
+    "copy": {"value": "out in"},
 }
 """Variant → the tensors that it trains, each with its axes; a stack has one more in front. What a
 variant does with them is in the file of its name under `weight/variants/`."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-__all__ = ["Weight", "canonical_name", "count_base", "is_buffer_name", "weights_from"]
+__all__ = ["Weight", "canonical_name", "count_base", "is_buffer_name", "is_embedding_name"]
+__all__ += ["weights_from"]
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
@@ -29,6 +30,7 @@ class Weight:
         tied: the other names under which the same tensor is known.
         head: the owning module is the model's output head.
         packed: quantized storage: why it is thought so, or "".
+        in_first: its matrices are stored as (in, out), not (out, in); None where that is unknown.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Weight:
     tied: tuple[str, ...] = ()
     head: bool = False
     packed: str = ""
+    in_first: bool | None = None
 
     @property
     def numel(self) -> int:
@@ -75,7 +78,7 @@ class Weight:
             return f"of a {self.classes[0].removeprefix('Parametrized')}, not of a linear layer"
         if len(self.shape) != 2:
             return f"{len(self.shape)}-dimensional"
-        if not self.classes and _EMBEDDING.search(self.name):
+        if not self.classes and is_embedding_name(self.name):
             return "an embedding, by its name"
         if self.head:
             return "the output head"
@@ -92,6 +95,11 @@ class Weight:
         meant = not self.unsuitable and not is_buffer_name(self.name) and len(self.shape) == 2
         is_linear = not self.classes or _LINEAR_CLASSES.intersection(self.classes)
         return reason if meant and is_linear else ""
+
+
+def is_embedding_name(name: str) -> bool:
+    """The name is one that embeddings usually have."""
+    return _EMBEDDING.search(name) is not None
 
 
 def is_buffer_name(name: str) -> bool:
