@@ -16,6 +16,7 @@ ORDER = [
     "targets.regions",
     "targets.weights",
     "targets.settings",
+    "targets.options",
     "targets.patterns",
     "targets.matching",
     "targets.selection",
