@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from lora_param.errors import OptionError
 
@@ -99,6 +99,12 @@ class Settings:
             expected = f"kaiming, the default: {self.variant} has no A to initialise"
             raise OptionError("init", self.init, expected)
 
+    def __repr__(self) -> str:
+        """Rank and alpha, and what is not the default."""
+        shown = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        told = [f"{n}={v!r}" for n, v, default in shown if v != default or n in ("rank", "alpha")]
+        return f"Settings({', '.join(told)})"
+
     @property
     def scale(self) -> float:
         """What multiplies B @ A."""
@@ -111,7 +117,7 @@ class Settings:
         is written down as itself, since alpha/rank of another rank may round to another number.
 
         >>> Settings(rank=8).capped((2, 16))
-        Settings(rank=2, alpha=2.0, scaling='constant', dropout=0.0, init='kaiming', variant='lora')
+        Settings(rank=2, alpha=2.0, scaling='constant')
         """
         limit = min(matrix[-2:])
         if self.rank <= limit:
