@@ -28,7 +28,7 @@ from lora_param.formats import (
 )
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
-from lora_param.report.rows import Stats
+from lora_param.report.stats import Stats
 from lora_param.targets.options import read_options, takes_settings
 from lora_param.targets.plan import Plan, Tied, make_plan
 from lora_param.targets.settings import SettingsOptions

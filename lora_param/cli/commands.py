@@ -143,9 +143,7 @@ def apply(
     if json:
         show_json({**plan.to_dict(), "output": None if dry_run else str(output)})
         return
-    from lora_param.report.terminal import plan_view
-
-    show(plan_view(plan))
+    show(plan)
     if not dry_run:
         show(f"Wrote {output}.")
 
@@ -183,7 +181,7 @@ def stats(
     Example: lora-param stats model.safetensors adapter.safetensors
     """
     if html is not None:
-        from lora_param.report.html import check_page
+        from lora_param.report.page.document import check_page
 
         check_page(html, force=force)
     with progress_bar("Measuring", quiet=json) as progress:
@@ -295,9 +293,7 @@ def bake(
     if json:
         show_json(report.to_dict())
         return
-    from lora_param.report.terminal import bake_view
-
-    show(bake_view(report))
+    show(report)
 
 
 def _weighted(text: str) -> tuple[str, float]:

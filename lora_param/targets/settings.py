@@ -207,6 +207,12 @@ class Settings:
             expected = f"kaiming, the default: {self.variant} has no A to initialise"
             raise OptionError("init", self.init, expected)
 
+    def __repr__(self) -> str:
+        """Rank and alpha, and what is not the default."""
+        shown = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        told = [f"{n}={v!r}" for n, v, default in shown if v != default or n in ("rank", "alpha")]
+        return f"Settings({', '.join(told)})"
+
     @property
     def scale(self) -> float:
         """What multiplies B @ A."""
@@ -219,7 +225,7 @@ class Settings:
         is written down as itself, since alpha/rank of another rank may round to another number.
 
         >>> Settings(rank=8).capped((2, 16))
-        Settings(rank=2, alpha=2.0, scaling='constant', dropout=0.0, init='kaiming', variant='lora')
+        Settings(rank=2, alpha=2.0, scaling='constant')
         """
         limit = min(matrix[-2:])
         if self.rank <= limit:
