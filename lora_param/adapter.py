@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_param.errors import FingerprintError, MismatchError, OptionError
+from lora_param.errors import FingerprintError, MismatchError, NonFiniteError, OptionError
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
@@ -131,6 +131,7 @@ class Adapter:
             shape at most.
         name: its name on a model.
         source: where it came from, for messages.
+        extra: by format, what its file says beside this, for that format to write again.
         format: the name of the format it was read from, or "native".
         notes: what could not be checked, or is left out; one sentence each.
         weights_at_hand: the weights of the base that it is on, where there is one.
@@ -142,6 +143,7 @@ class Adapter:
     base: dict[str, BaseWeight] = field(repr=False, default_factory=dict)
     name: str = "default"
     source: str = "the adapter"
+    extra: Mapping[str, Mapping[str, Any]] = field(repr=False, default_factory=dict)
     format: str = "native"
     notes: tuple[str, ...] = ()
     weights_at_hand: Mapping[str, Weight] = field(repr=False, default_factory=dict)
@@ -159,6 +161,17 @@ class Adapter:
     def factors(self, key: str) -> dict[str, Tensor]:
         """The tensors of one target, by their short names."""
         return {n: self.tensors[f"{key}.{n}"] for n in self.tensor_names(key)}
+
+    def check_finite(self) -> None:
+        """Refuse tensors that are no numbers.
+
+        Raises:
+            NonFiniteError: one holds NaN or infinity.
+        """
+        for key in self.targets:
+            for name, tensor in self.factors(key).items():
+                if not tensor.isfinite().all():
+                    raise NonFiniteError(f"{name} of {key} in {self.source}")
 
     def tensor_names(self, key: str) -> list[str]:
         """The short names of one target's tensors."""

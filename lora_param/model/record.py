@@ -36,6 +36,7 @@ def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> A
         tensors = base_tensors(model)
         host = Host("the model", weights_of(model), lambda name: dense(tensors[name]).detach())
         adapter = adapter.on(host)
+        adapter.check_finite()  # nobody has looked at it yet
     names = (n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart))
     base = fingerprint(model, names)
     check_fit(adapter, base, "the model", check_fingerprint=check_fingerprint)

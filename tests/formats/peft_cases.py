@@ -1,20 +1,31 @@
 """Small real models and PEFT configs over all of its kinds of layers; the live ones by PEFT itself.
 
-`write.py` beside the fixtures uses the same cases with an older PEFT.
+`write_peft_fixtures.py` uses the same cases with an older PEFT.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CASES", "Case", "adapt", "base_of", "outputs"]
+__all__ = ["CASES", "Case", "adapt", "base_of", "deltas", "load_peft", "outputs", "quiet", "saved"]
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """PEFT and transformers warn of much; here their warnings are read, not shown."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield told
+    told += [str(w.message) for w in caught]
 
 
 class Convs(nn.Module):
@@ -126,7 +137,11 @@ class Case:
     config: dict[str, Any]
     inputs: Callable[[], Tensor]
     tolerance: float = 2e-6
-    also: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tied(self) -> bool:
+        """One tensor under two names: PEFT's merge changes both, its forward one."""
+        return "tied" in self.name
 
 
 _R = {"r": 2, "lora_alpha": 3}
@@ -319,11 +334,12 @@ def base_of(case: Case) -> nn.Module:
 
 def adapt(case: Case, **more: Any) -> Any:
     """The model adapted by PEFT, with factors, copies and rows moved from their start."""
-    import peft
-
     torch.manual_seed(1)
-    config = peft.LoraConfig(**{**case.config, **more})
-    model = peft.get_peft_model(base_of(case), config)
+    with quiet():
+        import peft
+
+        config = peft.LoraConfig(**{**case.config, **more})
+        model = peft.get_peft_model(base_of(case), config)
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):
             if p.requires_grad:
@@ -342,5 +358,29 @@ def outputs(model: nn.Module, case: Case) -> Tensor:
 def saved(case: Case, directory: Path, **more: Any) -> tuple[Any, Tensor]:
     """PEFT's model and its outputs; the adapter is in `directory`."""
     model = adapt(case, **more)
-    model.save_pretrained(str(directory))
-    return model, outputs(copy.deepcopy(model), case)
+    with quiet():
+        model.save_pretrained(str(directory))
+        return model, outputs(model, case)
+
+
+def load_peft(case: Case, directory: Path) -> tuple[Any, list[str]]:
+    """The base with an adapter that PEFT has loaded, and what PEFT has warned of."""
+    with quiet() as told:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(base_of(case), str(directory)).eval()
+    return model, told
+
+
+def deltas(model: Any) -> dict[str, Tensor]:
+    """ΔW of each of PEFT's layers by its own `get_delta_weight`, by the weight's name."""
+    found = {}
+    for path, module in model.named_modules():
+        if not hasattr(module, "get_delta_weight") or not hasattr(module, "lora_A"):
+            continue
+        leaf = getattr(module, "parameter_name", "weight")
+        leaf = "in_proj_weight" if type(module).__name__ == "MultiheadAttention" else leaf
+        segments = path.removeprefix("base_model.model.").split(".")
+        name = ".".join([*(s for s in segments if s != "base_layer"), leaf])
+        found[name] = module.get_delta_weight("default").detach()
+    return found

@@ -83,6 +83,8 @@ def _check(adapter: Adapter, key: str, t: AdapterTarget, kind: Layer, *, alone: 
     variant, region = t.settings.variant, t.target.region
     if not t.enabled:
         raise no("disabled, and PEFT has no such switch", "enable it, or take it out first")
+    if t.also:
+        raise no(f"shared with {t.also[0]}, and PEFT adapts one name of a tie", "apply it apart")
     of_columns = kind in ("conv1d", "embedding")
     if variant in ("dora", "dora_columns"):
         if kind in ("attention", "parameter", "in_first"):

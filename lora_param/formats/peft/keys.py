@@ -106,8 +106,7 @@ def parse_keys(names: Iterable[str], source: str) -> Keys:
             raise BrokenFileError(source, f"the key {key} is none that PEFT writes")
         else:
             copies[_plain(path)] = key
-    for layer in layers.values():
-        _check_halves(layer, source)
+    _check_halves(layers.values(), source)
     return Keys(list(layers.values()), tokens, copies, attention)
 
 
@@ -137,17 +136,21 @@ def _plain(path: str) -> str:
     return ".".join(s for s in path.split(".") if s != _INNER)
 
 
-def _check_halves(layer: LayerKeys, source: str) -> None:
-    halves = ("embedding_A", "embedding_B") if layer.is_embedding else ("A", "B")
-    have = [layer.parts[h] for h in halves if h in layer.parts]
-    if len(have) != 2:
-        missing = next(h for h in halves if h not in layer.parts)
-        there = have[0] if have else next(iter(layer.parts.values()))
+def _check_halves(layers: Iterable[LayerKeys], source: str) -> None:
+    alone = []
+    for layer in layers:
+        if layer.is_embedding and {"A", "B"} & set(layer.parts):
+            raise BrokenFileError(
+                source, f"{layer.module} has factors of a layer and of an embedding"
+            )
+        halves = ("embedding_A", "embedding_B") if layer.is_embedding else ("A", "B")
+        have = [layer.parts[h] for h in halves if h in layer.parts]
+        if len(have) != 2:
+            alone.append(have[0] if have else next(iter(layer.parts.values())))
+    if alone:
         raise BrokenFileError(
-            source, f"it has {there} and not the lora_{missing} that belongs to it"
+            source, f"a lora_A and a lora_B belong together, and one is missing to {listed(alone)}"
         )
-    if layer.is_embedding and {"A", "B"} & set(layer.parts):
-        raise BrokenFileError(source, f"{layer.module} has factors of a layer and of an embedding")
 
 
 def _check_conventions(names: list[str], source: str) -> None:

@@ -122,12 +122,12 @@ def _in_first(reading: Reading, name: str, shape: tuple[int, int]) -> bool:
         return told
     if W.in_first is not None:
         return W.in_first
-    if reading.layout is not None:
-        return reading.layout == IN_FIRST
     flag = reading.source.config.fan_in_fan_out
-    if not _others(reading) <= {flag}:  # the flag is that of the layer that PEFT made last
+    if _others(reading) <= {flag}:
+        return flag
+    if reading.layout is None:  # the flag is that of the layer that PEFT made last
         reading.open.append(name)
-    return flag
+    return reading.layout == IN_FIRST
 
 
 def _told_by_shape(weight: tuple[int, ...], factors: tuple[int, int]) -> bool | None:

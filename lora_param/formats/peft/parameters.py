@@ -16,7 +16,7 @@ from lora_param.adapter import Layer
 from lora_param.errors import BrokenFileError, UnsettledError
 from lora_param.formats.peft.config import FLIPPED, ends_in
 from lora_param.formats.peft.keys import LayerKeys
-from lora_param.formats.peft.reading import IN_FIRST, Placed, Reading
+from lora_param.formats.peft.reading import IN_FIRST, OUT_FIRST, Placed, Reading
 from lora_param.targets.regions import Region
 from lora_param.targets.weights import Weight
 
@@ -122,14 +122,32 @@ def _order(
                 A, B = reading.factor_shapes(x)
                 reading.differ(n, weights[n], f"A {A} and B {B}")
         return None
-    if len(fitting) > 1:
+    if len(fitting) > 1:  # all stacks of a module are stored alike
+        fitting = [p for p in fitting if _alike(reading, _zip(p, layers))]
+    if len(fitting) != 1:
         raise UnsettledError(
             str(reading.source.path),
             full,
             "which of its layers is of which of them, since their shapes are alike",
-            "give the live model (python:...), which has them in order",
+            "give the live model (python:...), which has them in order, or where they are not "
+            f"square --layout {OUT_FIRST} or --layout {IN_FIRST} (layout=)",
         )
     return fitting[0]
+
+
+def _alike(reading: Reading, pairs: Sequence[tuple[str, LayerKeys]]) -> bool:
+    """Of stacks whose shape tells: all are stored in one way, and in the way that is known."""
+    assert reading.host is not None
+    version, ways = reading.source.config.version, set()
+    if version is not None and version < FLIPPED:
+        ways.add(True)
+    elif reading.layout is not None:
+        ways.add(reading.layout == IN_FIRST)
+    for name, layer in pairs:
+        A, B = reading.factor_shapes(layer)
+        if A[1] != B[0]:
+            ways.add(reading.host.weights[name].shape[-2:] != (B[0], A[1]))
+    return len(ways) < 2
 
 
 def _fits(reading: Reading, W: Weight, layer: LayerKeys) -> bool:
@@ -162,15 +180,14 @@ def _in_first(reading: Reading, W: Weight, sides: tuple[int, int]) -> bool:
         return W.shape[1:] != sides
     if W.shape[0] == 1:
         return False
-    if reading.layout is not None:
-        return reading.layout == IN_FIRST
     version = reading.source.config.version
     if version is not None and version < FLIPPED:
         return True
     if version is not None and W.in_first is not None:
         return W.in_first
-    reading.open.append(W.name)
-    return False
+    if reading.layout is None:
+        reading.open.append(W.name)
+    return reading.layout == IN_FIRST
 
 
 def _unsettled(reading: Reading, name: str, layer: LayerKeys) -> Placed:

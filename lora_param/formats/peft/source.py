@@ -91,7 +91,9 @@ def open_source(path: Path) -> Source:
     config = directory / CONFIG
     if not config.is_file():
         raise BrokenFileError(
-            weights, f"there is no {CONFIG} beside it, without which its scales are unknown"
+            weights,
+            f"it is the weights of a PEFT adapter without the {CONFIG} that belongs beside them "
+            "and tells their scales",
         )
     tensors = _open(weights)
     if isinstance(tensors, SafetensorsFile):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_param.errors import OptionError
+from lora_param.targets.settings import MADE
 from lora_param.weight.variants.base import Fresh, Lowered, Tensors, Variant
 
 __all__ = ["VARIANT"]
@@ -18,8 +19,7 @@ class _Copy(Variant):
     value = "value"
 
     def fresh(self, make: Fresh) -> dict[str, Tensor]:
-        accepted = "lora, dora, dora_columns, miss; copies are loaded, not made"
-        raise OptionError("variant", "copy", accepted)
+        raise OptionError("variant", "copy", f"{', '.join(MADE)}; copies are loaded, not made")
 
     def lower(
         self,
