@@ -13,6 +13,7 @@ from lora_param.errors import MismatchError, listed
 from lora_param.fingerprint import BaseWeight, tensor_base_weight
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensors, own_sites, sites, unwrapped
+from lora_param.model.switching import switch_lora
 from lora_param.model.weights import weights_of
 from lora_param.targets.regions import Target
 from lora_param.weight.base import dense
@@ -101,7 +102,7 @@ def load_into(
     for key in both:
         lora, target = mine[key].lora, adapter.targets[key]
         lora.configure(target.settings, target.strength)
-        lora.enabled = target.enabled
+        switch_lora(lora, target.enabled)
         lora.copy_factors(factors[key])
 
 
