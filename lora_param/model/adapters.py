@@ -7,6 +7,7 @@ on the model that it was given.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -223,6 +224,8 @@ def _restore_frozen(model: nn.Module) -> None:
         return
     names = getattr(model, _FROZEN)
     delattr(model, _FROZEN)
+    # a chain that began with several tensors may be one by now
+    names |= {re.sub(r"\.original\d+$", "", name) for name in names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if _base_name(name) in names:
             parameter.requires_grad_(True)

@@ -28,11 +28,12 @@ from lora_param.errors import ComputedWeightError
 from lora_param.model.cache import kept
 from lora_param.model.lora import LoRA
 from lora_param.targets.weights import canonical_name
-from lora_param.weight.adapted import built
+from lora_param.weight.adapted import AdaptedWeight, built
 from lora_param.weight.base import storage_of
 
-__all__ = ["Site", "attach_lora", "chain_of", "detach_loras", "first_order", "is_plain_chain"]
-__all__ += ["rename_base_keys", "replace_original", "sites_of"]
+__all__ = ["Site", "attach_lora", "base_of", "chain_of", "chain_value", "detach_loras"]
+__all__ += ["first_order", "is_plain_chain", "originals_of", "others_of", "rename_base_keys"]
+__all__ += ["replace_original", "sites_of"]
 
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
 _BASE = "_lora_param_base"  # on an injected class: the class that the module had
@@ -62,12 +63,51 @@ class Site:
     @property
     def original(self) -> Tensor:
         """The base W."""
-        return chain_of(self.owner, self.tensor).original
+        return base_of(chain_of(self.owner, self.tensor))
 
 
 def chain_of(owner: nn.Module, tensor: str) -> parametrize.ParametrizationList:
     """The parametrizations of a tensor, in order."""
     return cast(parametrize.ParametrizationList, _lists(owner)._modules[tensor])
+
+
+def originals_of(chain: parametrize.ParametrizationList) -> dict[str, Tensor]:
+    """What the chain starts from, by its names there: one tensor, or several (weight_norm)."""
+    several = [f"original{i}" for i in range(0 if chain.is_tensor else chain.ntensors)]
+    return {name: getattr(chain, name) for name in several or ["original"]}
+
+
+def base_of(chain: parametrize.ParametrizationList) -> Tensor:
+    """W: the one tensor that the chain starts from, or what its first members make of several."""
+    originals = originals_of(chain)
+    if chain.is_tensor:
+        return originals["original"]
+    first, *rest = chain.children()
+    value: Tensor = first(*originals.values())
+    for item in rest:
+        if isinstance(item, LoRA):
+            break
+        value = item(value)
+    return value
+
+
+@torch.no_grad()
+def chain_value(owner: nn.Module, tensor: str) -> Tensor:
+    """What the whole chain gives in evaluation, as a tensor of its own."""
+    chain = chain_of(owner, tensor)
+    modes = [(m, m.training) for m in chain.modules()]
+    try:
+        value = _read(chain.eval())
+        return value.build() if isinstance(value, AdaptedWeight) else value.clone()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def others_of(owner: nn.Module, tensor: str) -> list[str]:
+    """Class names of the parametrizations besides LoRA on this tensor."""
+    items = chain_of(owner, tensor).children()
+    return [type(item).__name__ for item in items if not isinstance(item, LoRA)]
 
 
 def _lists(owner: nn.Module) -> nn.ModuleDict:
@@ -164,9 +204,23 @@ def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
             parameters[name] = parameters.pop(name)  # back to the order they were made in
 
 
-def replace_original(owner: nn.Module, tensor: str, parameter: nn.Parameter) -> None:
-    """Give the weight a base of its own, where the one it had is shared with another name."""
-    chain_of(owner, tensor)._parameters["original"] = parameter
+def replace_original(
+    owner: nn.Module, tensor: str, parameter: nn.Parameter, *, only_lora: bool = False
+) -> None:
+    """Give the weight another base, where the one it had is shared with another name.
+
+    With `only_lora` other parametrizations are taken off its chain.
+    """
+    chain = chain_of(owner, tensor)
+    if only_lora:
+        loras = [item for item in chain.children() if isinstance(item, LoRA)]
+        for index in reversed(range(len(chain))):
+            del chain[index]
+        chain.extend(loras)
+        for name in originals_of(chain):
+            delattr(chain, name)
+        chain.is_tensor = True
+    chain._parameters["original"] = parameter
 
 
 # --- the injected class -----------------------------------------------------------------------
