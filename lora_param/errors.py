@@ -16,6 +16,7 @@
     │   │   ├── ComputedWeightError   writing into a weight that is computed
     │   │   ├── ChainError            another parametrization stands on an adapted weight
     │   │   ├── DependentUpdateError  baking one adapter would change what another adds
+    │   │   ├── DuplicateTargetError  two LoRAs of one adapter on the same part of a weight
     │   │   ├── WrappedModelError     attaching behind a distributed wrapper
     │   │   └── VerificationError     an adapter that does not train as it should
     │   ├── AdapterError              an adapter, or its fit to a base
@@ -49,6 +50,7 @@ __all__ = [
     "ChainError",
     "ComputedWeightError",
     "DependentUpdateError",
+    "DuplicateTargetError",
     "FileError",
     "FingerprintError",
     "InternalError",
@@ -258,6 +260,16 @@ class DependentUpdateError(ModelError):
             f"update of {variant} depends on the weight that it stands on, and with it the output. "
             f"Bake all adapters at once (adapter=None), or remove one of the two. "
             f"Nothing was written."
+        )
+
+
+class DuplicateTargetError(ModelError):
+    """Two LoRAs of one adapter on the same part of a weight, registered by hand."""
+
+    def __init__(self, key: str, adapter: str) -> None:
+        super().__init__(
+            f"two LoRAs of the adapter {adapter!r} stand on {key}, and an adapter holds one: give "
+            f"each a name of its own, LoRA(..., adapter=...)."
         )
 
 

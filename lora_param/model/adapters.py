@@ -188,7 +188,7 @@ def _put_on(
     if freeze:
         _freeze(model)
     for target, factors in loras:
-        lora = LoRA(target, factors, adapter)
+        lora = LoRA.of(target, factors, adapter)
         done: set[tuple[int, str]] = set()
         for name in (target.target.name, *target.also):
             owner, tensor = where[name]

@@ -37,6 +37,7 @@ __all__ += ["replace_original", "sites_of"]
 
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
 _BASE = "_lora_param_base"  # on an injected class: the class that the module had
+_TENSORS = "_lora_param_tensors"  # on an injected class: what is computed on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +130,16 @@ def first_order(owner: nn.Module) -> tuple[str, ...]:
 
 
 def sites_of(model: nn.Module) -> Iterator[Site]:
-    """Every LoRA on the model, in the order of the modules; under each name of what is shared."""
+    """Every LoRA on the model, in the order of the modules; under each name of what is shared.
+
+    A module on which torch's own function registered it gets our class here, when first seen.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         lists = module._modules.get("parametrizations")
         if not isinstance(lists, nn.ModuleDict):
             continue
+        if any(isinstance(p, LoRA) for chain in lists.children() for p in chain.children()):
+            _adopt(module)
         for tensor, chain in lists.items():
             name = canonical_name(f"{path}.{tensor}" if path else tensor)
             for item in chain.children():
@@ -267,12 +273,36 @@ def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Modu
     namespace: dict[str, Any] = {tensor: _computed(tensor) for tensor in tensors}
     namespace |= {
         _BASE: base,
+        _TENSORS: tensors,
         "__module__": base.__module__,
         "__reduce_ex__": reduce,
         "_load_from_state_dict": load,
         "register_parameter": register,
     }
     return type(f"Parametrized{base.__name__}", (base,), namespace)
+
+
+def _adopt(owner: nn.Module) -> None:
+    """Give a module the class that `attach_lora` gives, where torch registered LoRA on it.
+
+    Where something else stands on it as well, it keeps torch's class and learns to load.
+    """
+    lists = _lists(owner)
+    tensors, cls = tuple(lists._modules), type(owner)
+    if _is_ours(owner) and cls.__dict__[_TENSORS] == tensors:
+        return
+    if not all(is_plain_chain(owner, tensor) for tensor in tensors):
+        if not _is_ours(owner):
+            _hook_loading(owner)
+        return
+    if not _is_ours(owner):
+        if not all(isinstance(cls.__dict__.get(tensor), property) for tensor in tensors):
+            return  # somebody else's mechanism
+        _unhook_loading(owner)
+    # Where they stood among the other parameters is not known: weights are made before biases.
+    lists.__dict__.setdefault(_ORDER, (*tensors, *owner._parameters))
+    base = cls.__dict__[_BASE] if _is_ours(owner) else cls.__bases__[0]
+    owner.__class__ = _shared_class(base, tensors)
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_param.adapter import Adapter, AdapterTarget, check_fit
-from lora_param.errors import MismatchError, listed
+from lora_param.errors import DuplicateTargetError, MismatchError, listed
 from lora_param.fingerprint import BaseWeight, hash_sample, tensor_base_weight
 from lora_param.model.attach import chain_of, originals_of
 from lora_param.model.lora import LoRA
@@ -63,6 +63,8 @@ def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
     tensors: dict[str, Tensor] = {}
     for site in own_sites(found):
         lora, names = site.lora, names_of[id(site.lora)]
+        if site.key in targets:
+            raise DuplicateTargetError(site.key, name)
         targets[site.key] = AdapterTarget(
             Target(site.name, site.lora.region),
             lora.settings,

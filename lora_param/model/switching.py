@@ -1,4 +1,4 @@
-"""What is changed on an adapter while it stays attached: on, off, and how strong.
+"""What is changed on an adapter while it stays attached: on, off, how strong, kept built.
 
 Whether an update acts is one attribute, `LoRA.enabled`, which costs nothing to read. Blocks of
 `disabled` are counted beside it, so that they may overlap in any order, in any threads.
@@ -16,10 +16,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lora_param.errors import OptionError
+from lora_param.model.attach import chain_of, sites_of
+from lora_param.model.cache import keeping
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import Patterns, chosen_loras
 
-__all__ = ["disabled", "set_scale", "switch", "switch_lora"]
+__all__ = ["cached", "disabled", "set_scale", "switch", "switch_lora"]
 
 
 @dataclass(slots=True)
@@ -109,3 +111,24 @@ def set_scale(
         raise OptionError("factor", factor, "a finite number")
     for lora in chosen_loras(model, targets, adapter=adapter):
         lora.configure(lora.settings, float(factor))
+
+
+@contextmanager
+def cached(model: nn.Module) -> Iterator[None]:
+    """Keep each adapted weight that is read without gradients, within a `with` block.
+
+    Reads that need gradients are as they are outside. A weight is built again when W, a factor, a
+    scale or a toggle has changed (writes through `.data` go unseen, as everywhere in torch), when
+    another thread reads it, and within `torch.inference_mode` apart from outside of it.
+
+    Memory: a full-size copy of each adapted weight that is read, until the block ends.
+
+    Example:
+        >>> import lora_param as lp
+        >>> model = lp.apply(nn.Linear(8, 8), ["weight"], rank=2)
+        >>> with torch.no_grad(), cached(model):
+        ...     for _ in range(3):
+        ...         y = model(torch.ones(1, 8))  # W + ΔW is built once
+    """
+    with keeping(chain_of(site.owner, site.tensor) for site in sites_of(model)):
+        yield
