@@ -1,5 +1,5 @@
 """The verbs over more than one wing: `plan`, `stats`, `enable`, `disable` take a live model or a
-path, `save`, `load` and `apply_checkpoint` stand between an adapter and its file.
+path, `save` and `load` stand between an adapter on a model and its file.
 
 What works on a live model alone is in `model/`, what works on files alone in `checkpoint/` and
 `formats/`. Nothing here imports torch: only a live model brings it, and then it is imported. Half
@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from lora_param.adapter import Adapter, check_name
-from lora_param.checkpoint.create import create_adapter
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.errors import OptionError, OutputError
-from lora_param.files.writer import check_output
+from lora_param.errors import OptionError
 from lora_param.formats import (
-    check_adapter_name,
     is_adapter,
     read_adapter,
     toggle_file,
@@ -84,61 +81,6 @@ def plan(
     return make_plan(
         weights, targets, exclude=exclude, settings=settings, tied=tied, buffers=buffers
     )
-
-
-@takes_settings
-def apply_checkpoint(
-    base: PathLike,
-    targets: Patterns,
-    out: PathLike,
-    *,
-    exclude: Patterns = (),
-    tied: Tied = "error",
-    adapter: str = "default",
-    seed: int | None = None,
-    key: str | None = None,
-    force: bool = False,
-    sync: bool = True,
-    **options: Unpack[SettingsOptions],
-) -> Plan:
-    """Register LoRA on weights of a checkpoint, without the model's code: write a fresh adapter.
-
-    Args:
-        base: a checkpoint's file or directory, or `python:package.module:callable`.
-        targets, exclude, tied: as for `apply`.
-        out: the adapter file to write.
-        adapter: its name.
-        seed: makes the factors, and so the file, repeatable.
-        key: which nested state dict of a pickled checkpoint.
-        force: replace a file that exists.
-        sync: have the data on the disk before the name shows them.
-        **options: the settings of what the patterns do not set.
-
-    Returns:
-        The plan that was carried out.
-
-    Raises:
-        TargetError, OptionError, UnknownOptionError: as for `apply`.
-        FileError: the checkpoint cannot be read, or the adapter not be written.
-    """
-    read_options(apply_checkpoint, options)
-    check_name(adapter)
-    check_adapter_name(Path(out))
-    if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
-        raise OutputError(out, "it is the checkpoint itself")
-    check_output(out, force=force)
-    done, record = create_adapter(
-        base,
-        targets,
-        exclude=exclude,
-        tied=tied,
-        seed=seed,
-        key=key,
-        name=adapter,
-        **options,
-    )
-    write_adapter(record, out, force=force, sync=sync)
-    return done
 
 
 def stats(

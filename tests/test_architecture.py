@@ -43,6 +43,7 @@ ORDER = [
     "report.figures",
     "verification",
     "report",
+    "api_files",
     "api",
     "demo",
     "cli",

@@ -31,7 +31,7 @@ from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import built
 from lora_param.weight.base import storage_of
 
-__all__ = ["Site", "attach_lora", "chain_of", "detach_loras", "first_order", "is_plain_chain"]
+__all__ = ["Site", "chain_of", "first_order", "is_plain_chain", "register_lora", "unregister_loras"]
 __all__ += ["rename_base_keys", "replace_original", "sites_of"]
 
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
@@ -101,7 +101,7 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
                     yield Site(name, module, tensor, item)
 
 
-def attach_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
+def register_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
     """Register `lora` on a parameter of `owner`. The Parameter stays the same object.
 
     As `register_parametrization` does it, without what costs a build or a class for each weight:
@@ -129,7 +129,7 @@ def attach_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
     owner.__class__ = _shared_class(base, tuple(lists._modules))
 
 
-def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
+def unregister_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
     """Take LoRAs off a parameter. The last one off leaves class, keys and Parameter as before."""
     chain = chain_of(owner, tensor)
     kept = [p for p in chain if not any(p is g for g in gone)]
