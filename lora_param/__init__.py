@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_param.api import load as load
     from lora_param.api import plan as plan
     from lora_param.api import save as save
+    from lora_param.api import save_pretrained as save_pretrained
     from lora_param.api import stats as stats
     from lora_param.api_files import apply_checkpoint as apply_checkpoint
     from lora_param.api_files import bake_checkpoint as bake_checkpoint
@@ -81,6 +82,7 @@ _HOMES = {
     "read_adapter": "formats",
     "remove": "model.adapters",
     "save": "api",
+    "save_pretrained": "api",
     "set_scale": "model.switching",
     "stats": "api",
     "verify": "verification",
