@@ -24,6 +24,7 @@ ORDER = [
     "files",
     "weight",
     "adapter",
+    "names",
     "model.weights",
     "model.lora",
     "model.cache",
