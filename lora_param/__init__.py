@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lora_param.api import save as save
     from lora_param.api import stats as stats
     from lora_param.checkpoint.bake import BakeReport as BakeReport
+    from lora_param.consumers.check import check as check
+    from lora_param.consumers.verdict import Verdict as Verdict
     from lora_param.errors import LoraParamError as LoraParamError
     from lora_param.errors import UserError as UserError
     from lora_param.formats import read_adapter as read_adapter
@@ -61,6 +63,7 @@ _HOMES = {
     "Plan": "targets.plan",
     "Stats": "report.stats",
     "UserError": "errors",
+    "Verdict": "consumers.verdict",
     "Verification": "verification",
     "apply": "model.adapters",
     "apply_checkpoint": "api",
@@ -69,6 +72,7 @@ _HOMES = {
     "bake_checkpoint": "formats.bake",
     "base_state_dict": "model.state",
     "cached": "model.cache",
+    "check": "consumers.check",
     "disable": "api",
     "disabled": "model.switching",
     "enable": "api",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ _SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's --max-lora
 
 
 def gather(
-    path: str | Path,
+    path: str | os.PathLike[str],
     base: Mapping[str, Weight] | None = None,
     names: Names | None = None,
 ) -> dict[str, Any]:
