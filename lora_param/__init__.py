@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lora_param.api_files import apply_checkpoint as apply_checkpoint
     from lora_param.api_files import bake_checkpoint as bake_checkpoint
     from lora_param.checkpoint.bake import BakeReport as BakeReport
+    from lora_param.consumers.check import check as check
+    from lora_param.consumers.verdict import Verdict as Verdict
     from lora_param.errors import LoraParamError as LoraParamError
     from lora_param.errors import UserError as UserError
     from lora_param.formats import read_adapter as read_adapter
@@ -62,6 +64,7 @@ _HOMES = {
     "Plan": "targets.plan",
     "Stats": "report.stats",
     "UserError": "errors",
+    "Verdict": "consumers.verdict",
     "Verification": "verification",
     "apply": "model.adapters",
     "apply_checkpoint": "api_files",
@@ -70,6 +73,7 @@ _HOMES = {
     "bake_checkpoint": "api_files",
     "base_state_dict": "model.state",
     "cached": "model.cache",
+    "check": "consumers.check",
     "disable": "api",
     "disabled": "model.switching",
     "enable": "api",
