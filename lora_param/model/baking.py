@@ -23,7 +23,7 @@ from lora_param.weight.base import dense, storage_of
 from lora_param.weight.precision import compute_dtype
 from lora_param.weight.update import Deferred
 
-__all__ = ["bake"]
+__all__ = ["bake", "check_finite"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,7 +57,7 @@ def bake(model: Model, adapter: str | None = None, *, chain: bool = False) -> Mo
     check_chains(found, chain)
     groups = by_weight(found)
     _check_independent(groups)
-    _check_finite(groups)
+    check_finite(groups)
     _write(inner, groups)
     detach(inner, found)
     return model
@@ -84,7 +84,7 @@ def _check_independent(groups: list[list[Site]]) -> None:
                 )
 
 
-def _check_finite(groups: list[list[Site]]) -> None:
+def check_finite(groups: list[list[Site]]) -> None:
     """Before anything is written: a factor or a merged value that is not a number."""
     for group in groups:
         for site in group:
