@@ -17,10 +17,12 @@ from lora_param.report.collapse import Group, collapse
 from lora_param.report.layout import View, plain_text, remarks, share_line, split_common
 from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.report.tree import Column, Facts, Row, TreeTable
+from lora_param.report.verdict import verdict_view
 from lora_param.report.verified import verification_view
 from lora_param.targets.plan import LeftOut, PatternCount, Plan, PlannedTarget
 
-__all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view", "verification_view"]
+__all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view", "verdict_view"]
+__all__ += ["verification_view"]
 
 
 # --- stats ------------------------------------------------------------------------------------
