@@ -124,11 +124,17 @@ def stats(
         record = read_adapter(path)
         notes = _notes(record)
         return collect(
-            None, [record], source=str(path), notes=notes, measured=norms, progress=progress
+            None,
+            [record],
+            source=str(path),
+            name=_name(path),
+            notes=notes,
+            measured=norms,
+            progress=progress,
         )
     with open_checkpoint(path, key) as checkpoint:
         if adapter is None:
-            return collect(checkpoint.weights, [], source=str(path))
+            return collect(checkpoint.weights, [], source=str(path), name=_name(path))
         record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
         check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
         return collect(
@@ -136,10 +142,22 @@ def stats(
             [record],
             checkpoint.array if norms else None,
             source=f"{path} with {record.source}",
+            name=_name(path),
             notes=_notes(record),
             measured=norms,
             progress=progress,
         )
+
+
+_SAY_NOTHING = ("model", "pytorch_model", "adapter", "adapter_model", "checkpoint", "weights")
+
+
+def _name(path: PathLike) -> str:
+    """What to call a file or directory: its name, with the directory's before one like `model`."""
+    last = Path(path).absolute()
+    if str(path).startswith("python:"):
+        return str(path)
+    return "/".join(last.parts[-2:]) if last.stem in _SAY_NOTHING else last.name
 
 
 def _notes(record: Adapter) -> list[str]:
@@ -157,11 +175,13 @@ def _live_stats(model: nn.Module, adapter: object, norms: bool, progress: Progre
     on_meta = any(p.is_meta for p in model.parameters())
     factors = {id(p) for p in parameters(model)} if names else set()
     tensors = dict(model.named_parameters())
+    kind = type(model).__name__.removeprefix("Parametrized")
     return collect(
         weights_of(model),
         records,
         _live_array(model) if norms and not on_meta else None,
-        source=type(model).__name__.removeprefix("Parametrized"),
+        source=kind,
+        name=kind,
         unfrozen=sum(
             p.numel() for p in tensors.values() if p.requires_grad and id(p) not in factors
         ),
