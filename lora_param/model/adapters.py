@@ -7,6 +7,7 @@ on the model that it was given.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, Unpack
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.errors import AdapterExistsError, NoAdapterError
-from lora_param.model.attach import Site, attach_lora, detach_loras, sites_of
+from lora_param.model.attach import Site, register_lora, sites_of, unregister_loras
 from lora_param.model.lora import LoRA
 from lora_param.model.pretrained import dress, undress
 from lora_param.model.record import check_base
@@ -189,13 +190,13 @@ def _put_on(
         _freeze(model)
     dress(model)
     for target, factors in loras:
-        lora = LoRA(target, factors, adapter)
+        lora = LoRA.of(target, factors, adapter)
         done: set[tuple[int, str]] = set()
         for name in (target.target.name, *target.also):
             owner, tensor = where[name]
             if (id(owner), tensor) not in done:
                 done.add((id(owner), tensor))
-                attach_lora(owner, tensor, lora)
+                register_lora(owner, tensor, lora)
 
 
 def _freeze(model: nn.Module) -> None:
@@ -215,6 +216,8 @@ def _restore_frozen(model: nn.Module) -> None:
         return
     names = getattr(model, _FROZEN)
     delattr(model, _FROZEN)
+    # a chain that began with several tensors may be one by now
+    names |= {re.sub(r"\.original\d+$", "", name) for name in names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if _base_name(name) in names:
             parameter.requires_grad_(True)
@@ -280,6 +283,6 @@ def remove(model: Model, adapter: str | None = None) -> Model:
 def detach(model: nn.Module, found: Iterable[Site]) -> None:
     """Take LoRAs off their weights, and unfreeze the base when none is left."""
     for group in by_weight(found):
-        detach_loras(group[0].owner, group[0].tensor, [s.lora for s in group])
+        unregister_loras(group[0].owner, group[0].tensor, [s.lora for s in group])
     undress(model)
     _restore_frozen(model)
