@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 from lora_param.adapter import Adapter, check_name
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.errors import NoAdapterError, OptionError
+from lora_param.errors import NoAdapterError, OptionError, OutputError
 from lora_param.formats import (
     is_adapter,
     read_adapter,
