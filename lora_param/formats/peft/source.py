@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_param.checkpoint.pickle import load_pickle
 from lora_param.errors import BrokenFileError, listed
 from lora_param.files.header import read_header
 from lora_param.files.safetensors import SafetensorsFile
@@ -106,8 +107,6 @@ def open_source(path: Path) -> Source:
 def _open(weights: Path) -> Mapping[str, Tensor]:
     if weights.suffix.lower() == ".safetensors":
         return SafetensorsFile(weights)
-    from lora_param.checkpoint.pickle import load_pickle
-
     content = load_pickle(weights)
     import torch
 
