@@ -46,6 +46,7 @@ ORDER = [
     "report.figures",
     "verification",
     "report",
+    "api_files",
     "api",
     "demo",
     "cli",
