@@ -212,7 +212,7 @@ def _added(
     key: str, pairs: Sequence[tuple[Pair, float]], method: str, density: float, seed: int
 ) -> Pair:
     """(Σ √w·A, Σ √w·B), each factor thinned first; w is the scale's and the weight's product, whose
-    sign goes to B alone."""
+    sign goes to A alone."""
     import torch
 
     ranks = {p.A.shape[-2] for p, _ in pairs}
@@ -222,7 +222,7 @@ def _added(
     roots = [math.sqrt(abs(w * p.scale)) for p, w in pairs]
     signed = [math.copysign(root, w * p.scale) for root, (p, w) in zip(roots, pairs, strict=True)]
     sums: list[Tensor] = []
-    for factors, weights in (([p.A for p, _ in pairs], roots), ([p.B for p, _ in pairs], signed)):
+    for factors, weights in (([p.A for p, _ in pairs], signed), ([p.B for p, _ in pairs], roots)):
         if method == "ties":
             sums.append(_ties(factors, weights, density))
         elif method == "dare":

@@ -180,9 +180,8 @@ def _values(name: str, a: Tensor, b: Tensor) -> Difference | None:
     x, y = a.to(wide), b.to(wide)
     delta = x - y
     changed = int(torch.count_nonzero(delta))
-    if same_dtype and changed == 0 and bool((x.isnan() == y.isnan()).all()):
-        if not bool(x.isnan().any()):
-            return None  # a zero of another sign: the same number
+    if same_dtype and changed == 0 and not bool(x.isnan().any() or y.isnan().any()):
+        return None  # a zero of another sign: the same number
     norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
     base = float(torch.linalg.vector_norm(y, dtype=torch.float64))
     ratio = norm / base if base else math.inf
@@ -275,7 +274,7 @@ def _norm(x: Pair, y: Pair | None = None) -> float:
 
 
 def _overlap(x: Pair, y: Pair) -> float | None:
-    """The mean of the squared cosines between the directions of two updates; None where one is 0."""
+    """The mean of the squared cosines between two updates' directions; None where one is 0."""
     import torch
 
     from lora_param.weight.lowrank import Kept, reduce_product

@@ -102,13 +102,13 @@ def test_as_peft_combines(method, weights):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 10))
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
-    model = peft.get_peft_model(net, config, "a")
-    model.add_adapter("b", peft.LoraConfig(r=3, lora_alpha=3, target_modules=["0"]))
+    model = peft.get_peft_model(net, config, "one")
+    model.add_adapter("two", peft.LoraConfig(r=3, lora_alpha=3, target_modules=["0"]))
     layer = model.base_model.model[0]
     for name, p in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(p)
-    plain = {"a": made(1, ["fc"], alpha=6), "b": made(1, ["fc"], alpha=3)}
+    plain = {"one": made(1, ["fc"], alpha=6), "two": made(1, ["fc"], alpha=3)}
     for name, adapter in plain.items():
         for factor in ("lora_A", "lora_B"):
             value = getattr(layer, factor)[name].weight.detach().clone()
@@ -117,12 +117,12 @@ def test_as_peft_combines(method, weights):
     options = {} if method == "linear" else {"density": density}
     if method == "dare_linear":
         with pytest.warns(UserWarning, match="no pruning"):
-            model.add_weighted_adapter(["a", "b"], list(weights), "c", method, **options)
+            model.add_weighted_adapter(["one", "two"], list(weights), "sum", method, **options)
     else:
-        model.add_weighted_adapter(["a", "b"], list(weights), "c", method, **options)
+        model.add_weighted_adapter(["one", "two"], list(weights), "sum", method, **options)
     ours = method.removesuffix("_linear")
-    total = combine([plain["a"], plain["b"]], weights, method=ours, density=density)
-    expected = layer.get_delta_weight("c").double()
+    total = combine([plain["one"], plain["two"]], weights, method=ours, density=density)
+    expected = layer.get_delta_weight("sum").double()
     assert torch.allclose(deltas(total)["fc.weight"], expected, atol=1e-5)
 
 

@@ -140,7 +140,7 @@ def test_nothing_in_common(files, tmp_path):
         extract(files[0], tmp_path / "x.safetensors")
 
 
-# --- diff -------------------------------------------------------------------------------------------
+# --- diff --------------------------------------------------------------------------------------
 
 
 def test_the_same_checkpoint(files):
