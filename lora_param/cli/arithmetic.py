@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,8 +150,6 @@ def resize(
 
 def _show_compressed(rows: list[Any], output: Path, json: bool) -> None:
     if json:
-        from dataclasses import asdict
-
         show_json({"output": str(output), "targets": [asdict(row) for row in rows]})
         return
     from lora_param.report.terminal import compressed_view
