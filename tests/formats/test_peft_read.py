@@ -15,7 +15,7 @@ import peft_cases
 import pytest
 import torch
 from peft_cases import CASES, Case, adapt, base_of, deltas, outputs, quiet, saved
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from write_peft_fixtures import NAMES
 
@@ -221,3 +221,20 @@ def test_an_adapter_of_another_architecture_lists_both_sides(written: Any) -> No
     with pytest.raises(MismatchError, match=r"(?s)0 of 14 targets fit.*self_attn") as caught:
         loaded(CASES["square"], directory)
     assert "the model" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("gpt2", "transformer."), ("llama-tokens", "model."), ("mixtral", "model.")]
+)
+def test_a_checkpoint_under_another_prefix_is_found(
+    name: str, own: str, written: Any, tmp_path: Path
+) -> None:
+    """PEFT names modules of the live model; a file often leaves its first segment out."""
+    case = CASES[name]
+    _, directory, _ = written(case)
+    state = {n.removeprefix(own): t for n, t in base_of(case).state_dict().items()}
+    save_file({n: t.contiguous().clone() for n, t in state.items()}, tmp_path / "base.safetensors")
+    lp.bake_checkpoint(tmp_path / "base.safetensors", directory, tmp_path / "out.safetensors")
+    wanted = lp.merged_state_dict(loaded(case, directory))
+    for n, tensor in load_file(tmp_path / "out.safetensors").items():
+        assert torch.equal(tensor, wanted[n if n in wanted else f"{own}{n}"]), n

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_param.adapter import Adapter, AdapterTarget, Host, LazyTensors
 from lora_param.errors import BrokenFileError, NoFormError, OptionError
 from lora_param.fingerprint import BaseWeight
+from lora_param.formats.peft.aliases import renamed, under_their_names
 from lora_param.formats.peft.keys import Keys, LayerKeys, parse_keys
 from lora_param.formats.peft.layers import place_layer
 from lora_param.formats.peft.parameters import parameters_of, place_parameters
@@ -54,6 +55,13 @@ def read_peft(path: Path, *, layout: str | None = None) -> Adapter:
 
 
 def _settle(source: Source, keys: Keys, layout: str | None, host: Host | None) -> Adapter:
+    if host is None:
+        return _read(source, keys, layout, None)
+    same, own = under_their_names(host, keys, source.config)
+    return renamed(_read(source, keys, layout, same), own)
+
+
+def _read(source: Source, keys: Keys, layout: str | None, host: Host | None) -> Adapter:
     reading = Reading(source, keys, layout, host)
     placed = [*_layers(reading), *_tokens(reading)]
     placed = _with_copies(reading, placed)
