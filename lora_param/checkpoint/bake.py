@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
 from lora_param.checkpoint.verify import verify_directory, verify_file
 from lora_param.errors import FileError, OptionError, OutputError, UnchangedError
+from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output, replace_directory, replace_file
 
 if TYPE_CHECKING:
@@ -167,7 +168,10 @@ def bake_adapters(
     target_dtype = parse_dtype(dtype)
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
-    with closing(open_checkpoint(base, key)) as checkpoint:
+    with (
+        _held(base) if in_place else nullcontext() as state,
+        closing(open_checkpoint(base, key)) as checkpoint,
+    ):
         place = _place(checkpoint, base, out, in_place)
         _check_place(checkpoint, adapters, place, in_place=in_place, force=force)
         merging = plan_merging(
@@ -178,6 +182,7 @@ def bake_adapters(
             place,
             force=force or in_place,
             sync=sync,
+            replaces=state,
             verify=verify,
             require_change=require_change,
             progress=progress,
@@ -200,6 +205,12 @@ def bake_adapters(
             verify,
             tuple(_notes(checkpoint, rows)),
         )
+
+
+def _held(base: Path_) -> AbstractContextManager[State | None]:
+    """The lock of what is read and replaced in place: a second bake of it waits for the first."""
+    path = Path(base)
+    return locked(path.parent if path.name.endswith(".index.json") else path)
 
 
 def _place(checkpoint: Checkpoint, base: Path_, out: Path_ | None, in_place: bool) -> Path:
@@ -275,6 +286,7 @@ def _write(
     *,
     force: bool,
     sync: bool,
+    replaces: State | None,
     verify: bool,
     require_change: bool,
     progress: Report | None,
@@ -293,7 +305,7 @@ def _write(
             progress(min(done, total), total, name)
 
     if isinstance(base, DirectoryCheckpoint):
-        with replace_directory(place, force=force, sync=sync) as temporary:
+        with replace_directory(place, force=force, sync=sync, replaces=replaces) as temporary:
             files = write_directory(merging, base, temporary, tick)
             if require_change:
                 _check_change(merging)
@@ -302,7 +314,7 @@ def _write(
                 verify_directory(merging, base, temporary, tick)
     else:
         files = [place.name]
-        with replace_file(place, force=force, sync=sync) as file:
+        with replace_file(place, force=force, sync=sync, replaces=replaces) as file:
             if isinstance(base, ModuleCheckpoint):
                 write_state_dict(merging, base.state_dict, place, file, tick)
             else:

@@ -12,7 +12,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Entry point of `lora-param` and `python -m lora_param`."""
-    from lora_param.cli.commands import app
-    from lora_param.cli.terminal import run
-
+    try:
+        from lora_param.cli.commands import app
+        from lora_param.cli.terminal import run
+    except KeyboardInterrupt:  # so early that nothing has begun
+        sys.exit("Error: interrupted.")
     sys.exit(run(app))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import lora_param as lp
-from lora_param.cli.terminal import progress_bar, show, show_json
+from lora_param.cli.terminal import Command, Group, progress_bar, show, show_json
 from lora_param.errors import OptionError
 
 __all__ = ["app"]
@@ -16,8 +16,8 @@ __all__ = ["app"]
 app = typer.Typer(
     name="lora-param",
     help="LoRA for any weight of any PyTorch model or checkpoint.",
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Targets, formats and the library: see the README.",
@@ -65,7 +65,7 @@ def root(
     """LoRA for any weight of any PyTorch model or checkpoint."""
 
 
-@app.command()
+@app.command(cls=Command)
 def apply(
     model: Model,
     output: Annotated[
@@ -145,7 +145,7 @@ def apply(
         show(f"Wrote {output}.")
 
 
-@app.command()
+@app.command(cls=Command)
 def stats(
     model: Annotated[
         str,
@@ -200,7 +200,7 @@ def stats(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 def enable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> None:
     """Enable targets of an adapter file, in place; all of them without -t.
 
@@ -209,7 +209,7 @@ def enable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> 
     _toggle(adapter, target, True, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def disable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> None:
     """Disable targets of an adapter file, in place; all of them without -t.
 
@@ -236,7 +236,7 @@ def _toggle(adapter: Path, target: list[str] | None, enabled: bool, json: bool) 
         show(f"{adapter}: {on} of {len(targets)} targets enabled, {len(targets) - on} disabled.")
 
 
-@app.command()
+@app.command(cls=Command)
 def bake(
     model: Model,
     adapters: Annotated[
@@ -308,7 +308,7 @@ def _weighted(text: str) -> tuple[str, float]:
         raise OptionError(f"the weight of {path}", weight, "a number, as in ADAPTER=0.5") from None
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     folder: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Where to leave its files.")

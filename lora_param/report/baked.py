@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from lora_param.errors import escaped
 from lora_param.report import figures
 from lora_param.report.collapse import Group, collapse
 from lora_param.report.layout import View, split_common
@@ -47,7 +48,7 @@ def bake_view(report: Any) -> RenderableType:
         lines = [Row(g.segments, (), len(g.items), ("disabled: the base alone",)) for g in off]
         parts += ["", TreeTable([], lines)]
     if notes := tuple(getattr(report, "notes", ())):
-        parts += ["", *(Text(str(note), "yellow") for note in notes)]
+        parts += ["", *(Text(escaped(str(note)), "yellow") for note in notes)]
     return View(parts)
 
 
@@ -106,7 +107,7 @@ def _written(report: Any) -> list[RenderableType]:
         facts.append(f"{files} files")
     if getattr(report, "verified", False):
         facts.append("verified")
-    line = Text(str(path), "bold")
+    line = Text(escaped(str(path)), "bold")
     return [line.append(f" · {' · '.join(facts)}", "not bold") if facts else line]
 
 

@@ -13,6 +13,8 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from lora_param.errors import escaped
+
 __all__ = ["Column", "Facts", "Row", "TreeTable", "printable"]
 
 _GAP = "  "
@@ -92,6 +94,7 @@ class TreeTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for line in self._lines(options.max_width):
+            line.no_wrap = options.overflow == "ignore"
             yield printable(line, options)
 
     def _lines(self, width: int) -> Iterator[Text]:
@@ -171,12 +174,17 @@ class Facts:
 
 
 def printable(text: Text, options: ConsoleOptions) -> Text:
-    """The text without trailing blanks, and in ASCII where the output takes nothing else."""
+    """The text without trailing blanks, and in ASCII where the output takes nothing else.
+
+    What would steer a terminal is written out: names come from files that anyone may have made.
+    """
     text = text.copy()
+    if not text.plain.isprintable():
+        text.plain = escaped(text.plain)
     if options.ascii_only:
         text.plain = text.plain.translate(_ASCII)
     text.rstrip()
-    text.overflow = "fold"
+    text.overflow = options.overflow or "fold"
     return text
 
 
@@ -210,7 +218,7 @@ def _grow(rows: Sequence[Row]) -> _Node:
     for row in rows:
         node = root
         for segment in row.segments:
-            node = node.children.setdefault(segment, _Node())
+            node = node.children.setdefault(escaped(segment), _Node())
         node.rows.append(row)
     return root
 
