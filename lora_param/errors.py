@@ -3,6 +3,7 @@
     LoraParamError
     ├── UserError                     something the caller can put right
     │   ├── OptionError               a setting outside its accepted values
+    │   ├── UnknownOptionError        a keyword that is none of a function's
     │   ├── TargetError               choosing weights
     │   │   ├── PatternError          a pattern that cannot be read
     │   │   ├── NoMatchError          a pattern that matches nothing
@@ -14,14 +15,20 @@
     │   ├── ModelError                a live model in the wrong state
     │   │   ├── ComputedWeightError   writing into a weight that is computed
     │   │   ├── WrappedModelError     attaching behind a distributed wrapper
+    │   │   ├── ResizeError           new rows for an adapted embedding
+    │   │   ├── RetieError            tying weights of which one side is adapted
+    │   │   ├── NotPretrainedError    a model that transformers could not load again
     │   │   └── VerificationError     an adapter that does not train as it should
     │   ├── AdapterError              an adapter, or its fit to a base
     │   │   ├── NoAdapterError        no adapter of that name
     │   │   ├── AdapterExistsError    a second adapter of the same name
     │   │   ├── MismatchError         names or shapes that differ: both sides listed
+    │   │   ├── LayoutError           a target without a form in the base's layout
     │   │   ├── FingerprintError      same names and shapes, another base
+    │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
+    │   ├── NameRuleError             a line that is no rule between names
     │   ├── MissingPackageError       a package that only this needs
     │   └── FileError                 reading or writing
     │       ├── MissingFileError
@@ -47,24 +54,31 @@ __all__ = [
     "FileError",
     "FingerprintError",
     "InternalError",
+    "LayoutError",
     "LoraParamError",
     "MismatchError",
     "MissingFileError",
     "MissingPackageError",
     "ModelError",
+    "NameRuleError",
     "NoAdapterError",
     "NoMatchError",
     "NonFiniteError",
     "NoneSuitableError",
+    "NotPretrainedError",
     "OptionError",
     "OutputError",
     "OverlapError",
     "PatternError",
+    "ResizeError",
+    "ResumeError",
+    "RetieError",
     "SliceError",
     "TargetError",
     "TiedWeightsError",
     "UnchangedError",
     "UnknownFileError",
+    "UnknownOptionError",
     "UnsafePickleError",
     "UnsuitableWeightError",
     "UserError",
@@ -119,12 +133,34 @@ class OptionError(UserError, ValueError):
         super().__init__(f"{option} is {found!r}; accepted: {accepted}.")
 
 
+class UnknownOptionError(UserError, TypeError):
+    """A keyword that is none of a function's."""
+
+    def __init__(
+        self, function: str, found: str, nearest: Sequence[str], known: Sequence[str]
+    ) -> None:
+        hint = f"did you mean {nearest[0]}?" if nearest else f"it has {listed(known, len(known))}."
+        super().__init__(f"{function} has no option {found!r}; {hint}")
+
+
 class MissingPackageError(UserError, ImportError):
     """A package is not installed that only what was asked for needs."""
 
     def __init__(self, what: str, package: str, install: str) -> None:
         super().__init__(
             f"{what} needs {package}, which is not installed: pip install '{install}'."
+        )
+
+
+class NameRuleError(UserError, ValueError):
+    """A file of rules between names that cannot be read."""
+
+    def __init__(self, source: str, number: int | None, line: str, why: str) -> None:
+        where = source if number is None else f"line {number} of {source}"
+        shown = f" {line.strip()!r}" if line.strip() else ""
+        super().__init__(
+            f"{where} cannot be read as rules between names: {why}.{shown} "
+            f"A rule is e.g. '*.qkv_proj.weight = *.q_proj.weight | *.k_proj.weight'."
         )
 
 
@@ -237,6 +273,39 @@ class WrappedModelError(ModelError):
         )
 
 
+class ResizeError(ModelError):
+    """New rows for an embedding whose factors would not fit them."""
+
+    def __init__(self, names: Sequence[str], rows: int, wanted: int) -> None:
+        super().__init__(
+            f"{listed(names)} is adapted, and resizing it from {rows} to {wanted} rows would leave "
+            f"its factors behind; nothing was changed. Resize before lora_param.apply(model), or "
+            f"call lora_param.bake(model) or lora_param.remove(model) first."
+        )
+
+
+class RetieError(ModelError):
+    """Tying two weights of which only one carries these factors."""
+
+    def __init__(self, target: str, source: str) -> None:
+        super().__init__(
+            f"{target} cannot be tied to {source}: they are adapted apart from each other. Apply "
+            f"with tied='together', or call lora_param.bake(model) or lora_param.remove(model) "
+            f"first."
+        )
+
+
+class NotPretrainedError(ModelError):
+    """A model that has no save_pretrained that takes a state dict."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"{model} has no save_pretrained(directory, state_dict=...) as transformers' models "
+            f"have. Write lora_param.merged_state_dict(model) yourself, or save a baked copy: "
+            f"lora_param.bake(copy.deepcopy(model))."
+        )
+
+
 class VerificationError(ModelError):
     """An adapter that does not train as it should.
 
@@ -313,6 +382,14 @@ class MismatchError(AdapterError):
         return self
 
 
+class LayoutError(AdapterError):
+    """A target that the base holds in another layout, in which it has no form."""
+
+    def __init__(self, adapter: str, key: str, why: str) -> None:
+        super().__init__(f"{adapter} cannot be written for this base: {key} is {why}.")
+        self.key = key
+
+
 class FingerprintError(AdapterError):
     """Same names and shapes, but another base than the adapter was made on."""
 
@@ -321,6 +398,17 @@ class FingerprintError(AdapterError):
             f"{adapter} was made on another base than {base}: the fingerprint differs for "
             f"{listed(differing)}. Give the base it was made on, or override the check with "
             f"check_fingerprint=False (--ignore-fingerprint)."
+        )
+
+
+class ResumeError(AdapterError):
+    """A training state of another base than the model has."""
+
+    def __init__(self, name: str, here: str, there: str) -> None:
+        super().__init__(
+            f"the state dict goes on from another base: the frozen weight of {name} has the "
+            f"fingerprint {there!r} there and {here!r} here. Load the base that it was trained on, "
+            f"apply the adapter, then resume."
         )
 
 
