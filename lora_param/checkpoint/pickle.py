@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import pickletools
 import struct
 import warnings
@@ -114,8 +115,6 @@ def load_pickle(path: Path) -> Any:
         MissingFileError, BrokenFileError, UnsafePickleError, UnknownFileError: see
             `PickleCheckpoint`.
     """
-    import pickle
-
     import torch
 
     try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 
+from lora_param.cli.terminal import run
+
 __all__ = ["main"]
 
 
@@ -14,7 +16,8 @@ def main() -> None:
     """Entry point of `lora-param` and `python -m lora_param`."""
     try:
         from lora_param.cli.commands import app
-        from lora_param.cli.terminal import run
     except KeyboardInterrupt:  # so early that nothing has begun
-        sys.exit("Error: interrupted.")
+        sys.stderr.write("Error: interrupted.
+")
+        sys.exit(130)
     sys.exit(run(app))
