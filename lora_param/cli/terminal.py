@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lora_param.errors import InternalError, LoraParamError, escaped
 
 if TYPE_CHECKING:
-    import typer
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
@@ -56,8 +56,6 @@ def run(app: typer.Typer) -> int:
 
 def _call(app: typer.Typer) -> tuple[int, str]:
     """The exit status, and what went wrong."""
-    import typer
-
     usage_error = typer.BadParameter.__mro__[2]  # Click's root, wherever this Typer keeps it
     try:
         status = app(prog_name="lora-param", standalone_mode=False)
