@@ -43,6 +43,7 @@ __all__ = ["apply", "attach", "detach", "param_groups", "parameters", "remove"]
 Model = TypeVar("Model", bound=nn.Module)
 
 _FROZEN = "_lora_param_frozen"  # on the model given to apply: names of what it froze
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # they have kernels for evaluation
 
 
 def apply(
@@ -196,6 +197,7 @@ def _put_on(
 ) -> None:
     if freeze:
         _freeze(model)
+    fused = {p for m in model.modules() if isinstance(m, _FUSED) for p in m.modules()}
     for target, factors in loras:
         lora = LoRA(target, factors, adapter)
         done: set[tuple[int, str]] = set()
@@ -203,7 +205,7 @@ def _put_on(
             owner, tensor = where[name]
             if (id(owner), tensor) not in done:
                 done.add((id(owner), tensor))
-                attach_lora(owner, tensor, lora)
+                attach_lora(owner, tensor, lora, fused=owner in fused)
 
 
 def _freeze(model: nn.Module) -> None:
