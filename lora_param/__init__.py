@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from lora_param.model.state import merged_state_dict as merged_state_dict
     from lora_param.model.switching import disabled as disabled
     from lora_param.model.switching import set_scale as set_scale
-    from lora_param.report.rows import Stats as Stats
-    from lora_param.report.verification import Verification as Verification
+    from lora_param.report.stats import Stats as Stats
     from lora_param.targets.plan import Plan as Plan
+    from lora_param.verification import Verification as Verification
     from lora_param.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -59,9 +59,9 @@ _HOMES = {
     "LoRA": "model.lora",
     "LoraParamError": "errors",
     "Plan": "targets.plan",
-    "Stats": "report.rows",
+    "Stats": "report.stats",
     "UserError": "errors",
-    "Verification": "report.verification",
+    "Verification": "verification",
     "apply": "model.adapters",
     "apply_checkpoint": "api",
     "attach": "model.adapters",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from lora_param.adapter import Adapter, check_name
 from lora_param.checkpoint.create import create_adapter
@@ -28,9 +28,10 @@ from lora_param.formats import (
 )
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
-from lora_param.report.rows import Stats
+from lora_param.report.stats import Stats
+from lora_param.targets.options import read_options, takes_settings
 from lora_param.targets.plan import Plan, Tied, make_plan
-from lora_param.targets.settings import Settings
+from lora_param.targets.settings import SettingsOptions
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
@@ -44,36 +45,33 @@ PathLike = str | os.PathLike[str]
 Patterns = str | Iterable[str]
 
 
+@takes_settings
 def plan(
     model_or_shapes: nn.Module | PathLike | Mapping[str, Sequence[int] | Weight],
     targets: Patterns = "all-linear",
     *,
     exclude: Patterns = (),
-    rank: int = 8,
-    alpha: float = 16.0,
-    scaling: str = "standard",
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    variant: str = "lora",
     tied: Tied = "error",
     key: str | None = None,
+    **options: Unpack[SettingsOptions],
 ) -> Plan:
     """What `apply` would do, without doing it: targets, ranks, scales, counts per pattern, cost.
 
     Args:
         model_or_shapes: a live model, a checkpoint's path, or names and shapes.
         key: which nested state dict of a pickled checkpoint.
-        targets, exclude, rank, alpha, scaling, dropout, init, variant, tied: as for `apply`.
+        targets, exclude, tied: as for `apply`.
+        **options: the settings of what the patterns do not set.
 
     Raises:
-        TargetError, OptionError: as for `apply`.
+        TargetError, OptionError, UnknownOptionError: as for `apply`.
 
     Example:
         >>> p = plan({"fc1.weight": (1000, 784), "fc2.weight": (10, 1000)}, ["fc1"], rank=1)
         >>> p.trainable, [c.matched for c in p.counts]
         (1784, [1])
     """
-    settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
+    settings = read_options(plan, options)
     weights: Mapping[str, Sequence[int] | Weight]
     buffers: Iterable[Weight] = ()
     if isinstance(model_or_shapes, Mapping):
@@ -88,44 +86,42 @@ def plan(
     )
 
 
+@takes_settings
 def apply_checkpoint(
     base: PathLike,
     targets: Patterns,
     out: PathLike,
     *,
     exclude: Patterns = (),
-    rank: int = 8,
-    alpha: float = 16.0,
-    scaling: str = "standard",
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    variant: str = "lora",
     tied: Tied = "error",
     adapter: str = "default",
     seed: int | None = None,
     key: str | None = None,
     force: bool = False,
     sync: bool = True,
+    **options: Unpack[SettingsOptions],
 ) -> Plan:
     """Register LoRA on weights of a checkpoint, without the model's code: write a fresh adapter.
 
     Args:
         base: a checkpoint's file or directory, or `python:package.module:callable`.
-        targets, exclude, rank, alpha, scaling, dropout, init, variant, tied: as for `apply`.
+        targets, exclude, tied: as for `apply`.
         out: the adapter file to write.
         adapter: its name.
         seed: makes the factors, and so the file, repeatable.
         key: which nested state dict of a pickled checkpoint.
         force: replace a file that exists.
         sync: have the data on the disk before the name shows them.
+        **options: the settings of what the patterns do not set.
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        TargetError, OptionError: as for `apply`.
+        TargetError, OptionError, UnknownOptionError: as for `apply`.
         FileError: the checkpoint cannot be read, or the adapter not be written.
     """
+    read_options(apply_checkpoint, options)
     check_name(adapter)
     check_adapter_name(Path(out))
     if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
@@ -135,16 +131,11 @@ def apply_checkpoint(
         base,
         targets,
         exclude=exclude,
-        rank=rank,
-        alpha=alpha,
-        scaling=scaling,
-        dropout=dropout,
-        init=init,
-        variant=variant,
         tied=tied,
         seed=seed,
         key=key,
         name=adapter,
+        **options,
     )
     write_adapter(record, out, force=force, sync=sync)
     return done

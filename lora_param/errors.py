@@ -3,6 +3,7 @@
     LoraParamError
     ├── UserError                     something the caller can put right
     │   ├── OptionError               a setting outside its accepted values
+    │   ├── UnknownOptionError        a keyword that is none of a function's
     │   ├── TargetError               choosing weights
     │   │   ├── PatternError          a pattern that cannot be read
     │   │   ├── NoMatchError          a pattern that matches nothing
@@ -67,6 +68,7 @@ __all__ = [
     "TiedWeightsError",
     "UnchangedError",
     "UnknownFileError",
+    "UnknownOptionError",
     "UnsafePickleError",
     "UnsuitableWeightError",
     "UserError",
@@ -102,6 +104,16 @@ class OptionError(UserError, ValueError):
 
     def __init__(self, option: str, found: object, accepted: str) -> None:
         super().__init__(f"{option} is {found!r}; accepted: {accepted}.")
+
+
+class UnknownOptionError(UserError, TypeError):
+    """A keyword that is none of a function's."""
+
+    def __init__(
+        self, function: str, found: str, nearest: Sequence[str], known: Sequence[str]
+    ) -> None:
+        hint = f"did you mean {nearest[0]}?" if nearest else f"it has {listed(known, len(known))}."
+        super().__init__(f"{function} has no option {found!r}; {hint}")
 
 
 class MissingPackageError(UserError, ImportError):

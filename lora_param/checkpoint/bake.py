@@ -13,17 +13,18 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
 from lora_param.checkpoint.open import open_checkpoint
+from lora_param.checkpoint.reread import verify_directory, verify_file
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
-from lora_param.checkpoint.verify import verify_directory, verify_file
 from lora_param.errors import FileError, OptionError, OutputError, UnchangedError
 from lora_param.files.writer import check_output, replace_directory, replace_file
+from lora_param.printing import Printed
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,8 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 @dataclass(frozen=True)
-class BakeReport:
-    """What a bake did.
+class BakeReport(Printed):
+    """What a bake did. Prints itself; `to_dict` gives it as data.
 
     Attributes:
         path: where the result is.
@@ -73,6 +74,7 @@ class BakeReport:
     key: str = ""
     verified: bool = False
     notes: tuple[str, ...] = ()
+    view: ClassVar[str] = "bake_view"
 
     @property
     def baked(self) -> tuple[str, ...]:
@@ -105,6 +107,10 @@ class BakeReport:
             "verified": self.verified,
             "notes": list(self.notes),
         }
+
+    def __repr__(self) -> str:
+        total = len(self.rows) + len(self.disabled)
+        return f"<BakeReport: {len(self.rows)} of {total} targets, {str(self.path)!r}>"
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

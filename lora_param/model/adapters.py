@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from lora_param.model.sites import (
     unwrapped,
 )
 from lora_param.model.weights import buffers_of, weights_of
+from lora_param.targets.options import read_options, takes_settings
 from lora_param.targets.plan import PlannedTarget, Tied, make_plan
-from lora_param.targets.settings import Settings
+from lora_param.targets.settings import SettingsOptions
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import dense, logical_dtype
@@ -46,22 +47,18 @@ _FROZEN = "_lora_param_frozen"  # on the model given to apply: names of what it 
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # they have kernels for evaluation
 
 
+@takes_settings
 def apply(
     model: Model,
     targets: Patterns = "all-linear",
     *,
     exclude: Patterns = (),
-    rank: int = 8,
-    alpha: float = 16.0,
-    scaling: str = "standard",
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    variant: str = "lora",
     adapter: str = "default",
     freeze: bool = True,
     inplace: bool = True,
     tied: Tied = "error",
     generator: torch.Generator | None = None,
+    **options: Unpack[SettingsOptions],
 ) -> Model:
     """Register LoRA on the chosen weights of a model.
 
@@ -73,14 +70,6 @@ def apply(
         model: any module; changed in place.
         targets: patterns that choose weights, see the README's "Targets".
         exclude: patterns that take away.
-        rank: rows of A and columns of B. On a weight whose matrix has fewer rows or columns it is
-            as many, and the scale what this rank gives.
-        alpha: the strength; scale is alpha/rank.
-        scaling: "standard" (alpha/rank), "rslora" (alpha/√rank) or "constant" (alpha).
-        dropout: probability of dropping an element of the input before A, while training.
-        init: "kaiming", "he", "normal:STD", "orthogonal", "pissa" or "olora".
-        variant: "lora", or "dora": W' = m ∘ V / ‖V‖ with V = W + scale·(B @ A) and a learned
-            length m for each row of the weight as stored.
         adapter: its name, for models that carry several.
         freeze: set requires_grad to False on everything but the factors; `remove` and `bake` set
             it back.
@@ -88,13 +77,14 @@ def apply(
         tied: a tensor known under several names of which only some are targeted is an error,
             unless this is "together" (all share the factors) or "apart" (the others keep W).
         generator: source of randomness for the factors; torch's own where None.
+        **options: the settings of what the patterns do not set.
 
     Returns:
         The model.
 
     Raises:
         TargetError: a pattern matches nothing, or a weight or slice does not fit.
-        OptionError: a setting outside its accepted values.
+        OptionError, UnknownOptionError: a setting outside its accepted values, or none.
         AdapterExistsError: the model has an adapter of this name.
         WrappedModelError: the model is already wrapped by DDP or FSDP.
 
@@ -104,7 +94,7 @@ def apply(
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
         32
     """
-    settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
+    settings = read_options(apply, options)
     _check_can_attach(model, adapter)
     plan = make_plan(
         weights_of(model),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.report.norms import measure
-from lora_param.report.rows import Stats, TargetRow, WeightRow
+from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.targets.weights import Weight, count_base
 
 if TYPE_CHECKING:

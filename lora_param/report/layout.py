@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from lora_param.report import figures
-from lora_param.report.data import StatsData
+from lora_param.report.stats import Stats
 from lora_param.report.tree import printable
 
 __all__ = ["View", "plain_text", "remarks", "share_line", "split_common"]
@@ -70,7 +70,7 @@ def split_common(
     return common, varying
 
 
-def remarks(stats: StatsData) -> list[tuple[str, str]]:
+def remarks(stats: Stats) -> list[tuple[str, str]]:
     """What is out of the ordinary, counted, in words, each with "warning" or "error"."""
     total = figures.plural(len(stats.rows), "target")
     bad = sum(not row.finite for row in stats.rows)

@@ -14,18 +14,19 @@ from rich.text import Text
 from lora_param.report import figures
 from lora_param.report.baked import bake_view
 from lora_param.report.collapse import Group, collapse
-from lora_param.report.data import StatsData, TargetRow, WeightRow
 from lora_param.report.layout import View, plain_text, remarks, share_line, split_common
+from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.report.tree import Column, Facts, Row, TreeTable
+from lora_param.report.verified import verification_view
 from lora_param.targets.plan import LeftOut, PatternCount, Plan, PlannedTarget
 
-__all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view"]
+__all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view", "verification_view"]
 
 
 # --- stats ------------------------------------------------------------------------------------
 
 
-def stats_view(stats: StatsData, *, weights: bool = True) -> RenderableType:
+def stats_view(stats: Stats, *, weights: bool = True) -> RenderableType:
     """What is in a model, an adapter, or both.
 
     Args:
@@ -96,13 +97,13 @@ def _target_line(
     )
 
 
-def _warnings(stats: StatsData) -> list[RenderableType]:
+def _warnings(stats: Stats) -> list[RenderableType]:
     styles = {"warning": "yellow", "error": "bold red"}
     lines: list[RenderableType] = [Text(text, styles[kind]) for text, kind in remarks(stats)]
     return ["", *lines] if lines else []
 
 
-def _weight_parts(stats: StatsData) -> list[RenderableType]:
+def _weight_parts(stats: Stats) -> list[RenderableType]:
     columns: list[tuple[str, Callable[[WeightRow], str]]] = [("dtype", lambda w: w.dtype)]
     common, varying = split_common(stats.weights, columns)
 

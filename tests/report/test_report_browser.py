@@ -17,8 +17,8 @@ from html_samples import fill, odd_rows, tuned
 from matplotlib.image import imread
 
 import lora_param as lp
-from lora_param.report.grid import lay_out
-from lora_param.report.rows import Stats
+from lora_param.report.page.grid import lay_out
+from lora_param.report.stats import Stats
 
 FIELDS = {
     "updateNorm": "update_norm",

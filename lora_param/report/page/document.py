@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from lora_param.errors import MissingPackageError, OutputError
 from lora_param.files.writer import check_output
 from lora_param.report import figures
-from lora_param.report.data import StatsData, TargetRow
-from lora_param.report.grid import Grid, in_reading_order, lay_out
 from lora_param.report.layout import remarks, split_common
-from lora_param.report.tables import breakable, target_table, weight_table
+from lora_param.report.page.grid import Grid, in_reading_order, lay_out
+from lora_param.report.page.tables import breakable, target_table, weight_table
+from lora_param.report.stats import Stats, TargetRow
 
 if TYPE_CHECKING:
-    from lora_param.report.drawing import Measure
+    from lora_param.report.page.drawing import Measure
 
 __all__ = ["check_page", "page"]
 
@@ -59,14 +59,14 @@ def _need_matplotlib() -> None:
         raise MissingPackageError("the HTML report", "matplotlib", "lora_param[report]")
 
 
-def page(stats: StatsData) -> str:
+def page(stats: Stats) -> str:
     """What is in a model, an adapter, or both, as an HTML document.
 
     Raises:
         MissingPackageError: Matplotlib is not installed.
     """
     _need_matplotlib()
-    from lora_param.report.drawing import ramps
+    from lora_param.report.page.drawing import ramps
 
     colours = {mode: _variables(ramps(mode)) for mode in ("light", "dark")}
     sheet = files(__package__).joinpath("page.css").read_text("utf-8")
@@ -102,7 +102,7 @@ def _variables(colours: Mapping[str, str]) -> str:
 # --- above the drawings -----------------------------------------------------------------------
 
 
-def _summary(stats: StatsData) -> list[str]:
+def _summary(stats: Stats) -> list[str]:
     """The trainable share, and what all targets have in common."""
     tiles: list[tuple[str, str, str]] = []
     if stats.base:
@@ -162,7 +162,7 @@ def _range(name: str, values: Sequence[float | None]) -> tuple[str, str, str]:
     return name, text, f"{about} without {' or '.join(without)}".strip() if without else about
 
 
-def _remarks(stats: StatsData) -> list[str]:
+def _remarks(stats: Stats) -> list[str]:
     if not stats.rows:
         none = "no targets: nothing is adapted"
         return [] if stats.weights else [f"<ul class=remarks><li>{none}</li></ul>"]
@@ -197,7 +197,7 @@ def _said(row: TargetRow) -> str:
 
 def _measures(rows: Sequence[TargetRow]) -> Iterator[tuple[str, Measure, str]]:
     """What there is to colour by: title, measure, and a sentence on it."""
-    from lora_param.report.drawing import Measure
+    from lora_param.report.page.drawing import Measure
 
     if any(r.ratio is not None for r in rows):
         about = "Size of each update beside the weight that it is added to (Frobenius norms)."
@@ -230,7 +230,7 @@ def _maps(
     rows: Sequence[TargetRow], grid: Grid, links: Mapping[str, str], said: Mapping[str, str],
     suffix: str,
 ) -> Iterator[str]:  # fmt: skip
-    from lora_param.report.drawing import heat_map
+    from lora_param.report.page.drawing import heat_map
 
     for title, measure, about in _measures(rows):
         yield (
@@ -245,7 +245,7 @@ def _spectra(
     grid: Grid, links: Mapping[str, str], said: Mapping[str, str], suffix: str
 ) -> Iterator[str]:
     """A panel for each row of the grid, strongest first where there are too many."""
-    from lora_param.report.drawing import spectrum, spectrum_limits
+    from lora_param.report.page.drawing import spectrum, spectrum_limits
 
     lines: dict[int, list[TargetRow]] = {}
     for (row, _), target in sorted(grid.cells.items()):

@@ -7,7 +7,7 @@ from html import escape
 
 from lora_param.report import figures
 from lora_param.report.collapse import collapse
-from lora_param.report.data import StatsData, TargetRow, WeightRow
+from lora_param.report.stats import Stats, TargetRow, WeightRow
 
 __all__ = ["breakable", "target_table", "weight_table"]
 
@@ -88,7 +88,7 @@ def _values(rows: Sequence[TargetRow]) -> str:
     )
 
 
-def weight_table(stats: StatsData) -> Iterator[str]:
+def weight_table(stats: Stats) -> Iterator[str]:
     """The weights of the base, repeated layers in one line."""
 
     def adapted(row: WeightRow) -> str:
