@@ -62,6 +62,11 @@ def built(value: Any) -> Any:
     return value.build() if isinstance(value, AdaptedWeight) else value
 
 
+def _traced() -> bool:
+    """`torch.jit.trace` records; torch.compile cannot be asked."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def tracing() -> bool:
     """Operations are being recorded, transformed or differentiated forward: only torch's own, out
     of place, may be used."""
@@ -134,7 +139,7 @@ def dense_is_cheaper(V: NormalForm, rows: int, m: int, n: int) -> bool:
         return False
     r = sum(u.A.shape[-2] for u in V.updates)
     lazy, dense = rows * r * (m + n), m * n * r
-    if torch._C._is_tracing() or (torch.is_grad_enabled() and V.differentiable):
+    if (torch.is_grad_enabled() and V.differentiable) or _traced():
         lazy, dense = 3 * lazy, 3 * dense
         if not V.base.requires_grad:
             dense += rows * m * n
