@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lora_param.api import load as load
     from lora_param.api import plan as plan
     from lora_param.api import save as save
+    from lora_param.api import save_pretrained as save_pretrained
     from lora_param.api import stats as stats
     from lora_param.checkpoint.bake import BakeReport as BakeReport
     from lora_param.errors import LoraParamError as LoraParamError
@@ -81,6 +82,7 @@ _HOMES = {
     "read_adapter": "formats",
     "remove": "model.adapters",
     "save": "api",
+    "save_pretrained": "api",
     "set_scale": "model.switching",
     "stats": "api",
     "verify": "verification",

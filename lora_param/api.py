@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from lora_param.adapter import Adapter, check_name
 from lora_param.checkpoint.create import create_adapter
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.errors import OptionError, OutputError
+from lora_param.errors import NoAdapterError, OptionError, OutputError
 from lora_param.files.writer import check_output
 from lora_param.formats import (
     check_adapter_name,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=nn.Module)
 
-__all__ = ["disable", "enable", "load", "plan", "save", "stats"]
+__all__ = ["disable", "enable", "load", "plan", "save", "save_pretrained", "stats"]
 
 PathLike = str | os.PathLike[str]
 Patterns = str | Iterable[str]
@@ -313,6 +314,66 @@ def save(
 
     write_adapter(get_adapter(model, adapter), path, format)
     return Path(path)
+
+
+def save_pretrained(
+    model: nn.Module, directory: PathLike, merged: bool = True, **more: Any
+) -> Path:
+    """Write what transformers' `from_pretrained(directory)` loads as a plain model.
+
+    Names on disk, configs and tied weights are those that the model's own `save_pretrained`
+    writes. It is called with the state dict of the choice:
+
+    - merged: W + ΔW of all enabled updates.
+    - not merged: the base, and beside it `adapter.safetensors`, or `adapter-NAME.safetensors` for
+      each where the model has several. `lp.load(type(model).from_pretrained(directory),
+      directory / "adapter.safetensors")` gives the adapted model again.
+
+    Args:
+        model: an adapted transformers model.
+        directory: where to write; what is there under the same names is replaced.
+        merged: write W + ΔW, or base and adapters.
+        more: for the model's own `save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        NoAdapterError: nothing is adapted.
+        NotPretrainedError: the model has no such `save_pretrained`.
+        NonFiniteError: a factor, or a merged weight, is NaN or infinite; nothing is written.
+        ModelError: another parametrization stands on an adapted weight.
+        OutputError: the directory is a file, or cannot be written.
+    """
+    from lora_param.model.baking import check_finite
+    from lora_param.model.pretrained import check_pretrained, untied_as_saved
+    from lora_param.model.record import get_adapter
+    from lora_param.model.sites import adapter_names, by_weight, sites, unwrapped
+    from lora_param.model.state import base_state_dict, check_plain, merged_state_dict
+
+    inner, directory = unwrapped(model), Path(directory)
+    check_pretrained(inner)
+    names = adapter_names(inner)
+    if not names:
+        raise NoAdapterError(None, [])
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(directory, "it is a file, not a directory")
+    check_plain(sites(inner))
+    check_finite(by_weight(sites(inner)))
+    state = merged_state_dict(inner) if merged else base_state_dict(inner)
+    files = {} if merged else {_adapter_file(name, len(names)): name for name in names}
+    records = {file: get_adapter(inner, name) for file, name in files.items()}
+    try:
+        with untied_as_saved(inner) if merged else nullcontext():
+            cast(Any, inner).save_pretrained(directory, state_dict=state, **more)
+    except OSError as error:
+        raise OutputError(directory, str(error)) from error
+    for file, record in records.items():
+        write_adapter(record, directory / file)
+    return directory
+
+
+def _adapter_file(name: str, of: int) -> str:
+    if of > 1 and os.path.basename(name) != name:  # noqa: PTH119  nothing but the text is looked at
+        raise OptionError("adapter", name, "a name that can be part of a file's, where several are")
+    return "adapter.safetensors" if of == 1 else f"adapter-{name}.safetensors"
 
 
 def load(

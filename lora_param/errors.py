@@ -16,12 +16,16 @@
     │   │   ├── ComputedWeightError   writing into a weight that is computed
     │   │   ├── BelowAutogradError    an operation that would lose the factors' gradients
     │   │   ├── WrappedModelError     attaching behind a distributed wrapper
+    │   │   ├── ResizeError           new rows for an adapted embedding
+    │   │   ├── RetieError            tying weights of which one side is adapted
+    │   │   ├── NotPretrainedError    a model that transformers could not load again
     │   │   └── VerificationError     an adapter that does not train as it should
     │   ├── AdapterError              an adapter, or its fit to a base
     │   │   ├── NoAdapterError        no adapter of that name
     │   │   ├── AdapterExistsError    a second adapter of the same name
     │   │   ├── MismatchError         names or shapes that differ: both sides listed
     │   │   ├── FingerprintError      same names and shapes, another base
+    │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
     │   ├── MissingPackageError       a package that only this needs
@@ -59,10 +63,14 @@ __all__ = [
     "NoMatchError",
     "NonFiniteError",
     "NoneSuitableError",
+    "NotPretrainedError",
     "OptionError",
     "OutputError",
     "OverlapError",
     "PatternError",
+    "ResizeError",
+    "ResumeError",
+    "RetieError",
     "SliceError",
     "TargetError",
     "TiedWeightsError",
@@ -247,6 +255,39 @@ class WrappedModelError(ModelError):
         )
 
 
+class ResizeError(ModelError):
+    """New rows for an embedding whose factors would not fit them."""
+
+    def __init__(self, names: Sequence[str], rows: int, wanted: int) -> None:
+        super().__init__(
+            f"{listed(names)} is adapted, and resizing it from {rows} to {wanted} rows would leave "
+            f"its factors behind; nothing was changed. Resize before lora_param.apply(model), or "
+            f"call lora_param.bake(model) or lora_param.remove(model) first."
+        )
+
+
+class RetieError(ModelError):
+    """Tying two weights of which only one carries these factors."""
+
+    def __init__(self, target: str, source: str) -> None:
+        super().__init__(
+            f"{target} cannot be tied to {source}: they are adapted apart from each other. Apply "
+            f"with tied='together', or call lora_param.bake(model) or lora_param.remove(model) "
+            f"first."
+        )
+
+
+class NotPretrainedError(ModelError):
+    """A model that has no save_pretrained that takes a state dict."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"{model} has no save_pretrained(directory, state_dict=...) as transformers' models "
+            f"have. Write lora_param.merged_state_dict(model) yourself, or save a baked copy: "
+            f"lora_param.bake(copy.deepcopy(model))."
+        )
+
+
 class VerificationError(ModelError):
     """An adapter that does not train as it should.
 
@@ -330,6 +371,17 @@ class FingerprintError(AdapterError):
             f"{adapter} was made on another base than {base}: the fingerprint differs for "
             f"{listed(differing)}. Give the base it was made on, or override the check with "
             f"check_fingerprint=False (--ignore-fingerprint)."
+        )
+
+
+class ResumeError(AdapterError):
+    """A training state of another base than the model has."""
+
+    def __init__(self, name: str, here: str, there: str) -> None:
+        super().__init__(
+            f"the state dict goes on from another base: the frozen weight of {name} has the "
+            f"fingerprint {there!r} there and {here!r} here. Load the base that it was trained on, "
+            f"apply the adapter, then resume."
         )
 
 

@@ -17,6 +17,7 @@ from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.errors import AdapterExistsError, NoAdapterError
 from lora_param.model.attach import Site, attach_lora, detach_loras, sites_of
 from lora_param.model.lora import LoRA
+from lora_param.model.pretrained import dress, undress
 from lora_param.model.record import check_base
 from lora_param.model.sites import (
     Patterns,
@@ -187,6 +188,7 @@ def _put_on(
 ) -> None:
     if freeze:
         _freeze(model)
+    dress(model)
     fused = {p for m in model.modules() if isinstance(m, _FUSED) for p in m.modules()}
     for target, factors in loras:
         lora = LoRA(target, factors, adapter)
@@ -281,4 +283,5 @@ def detach(model: nn.Module, found: Iterable[Site]) -> None:
     """Take LoRAs off their weights, and unfreeze the base when none is left."""
     for group in by_weight(found):
         detach_loras(group[0].owner, group[0].tensor, [s.lora for s in group])
+    undress(model)
     _restore_frozen(model)

@@ -24,18 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_param.errors import ComputedWeightError
+from lora_param.errors import ComputedWeightError, MismatchError, ResumeError
+from lora_param.fingerprint import tensor_base_weight
 from lora_param.model.cache import kept, kept_once
 from lora_param.model.lora import LoRA
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight, built
-from lora_param.weight.base import storage_of
+from lora_param.weight.base import dense, storage_of
 from lora_param.weight.opaque import opaque
 
-__all__ = ["Site", "attach_lora", "chain_of", "detach_loras", "first_order", "is_plain_chain"]
-__all__ += ["rename_base_keys", "replace_original", "sites_of"]
+__all__ = ["FINGERPRINT", "Site", "attach_lora", "chain_of", "detach_loras", "fingerprint_tensor"]
+__all__ += ["first_order", "is_adapted", "is_plain_chain", "rename_base_keys", "replace_original"]
+__all__ += ["same_weight", "sites_of"]
 
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
+FINGERPRINT = "fingerprint"  # among a weight's entries of a state dict, instead of a frozen W
 _BASE = "_lora_param_base"  # on an injected class: the class that the module had
 _FUSED = "_lora_param_fused"  # on an injected class: the module is part of one with fused kernels
 
@@ -49,12 +52,14 @@ class Site:
         owner: the module that has the weight.
         tensor: the weight's name on its owner.
         lora: what is attached there.
+        inner: what the names of its tensors begin with in the model's state dict.
     """
 
     name: str
     owner: nn.Module
     tensor: str
     lora: LoRA
+    inner: str
 
     @property
     def key(self) -> str:
@@ -83,6 +88,25 @@ def is_plain_chain(owner: nn.Module, tensor: str) -> bool:
     return bool(chain.is_tensor) and all(isinstance(p, LoRA) for p in chain)
 
 
+def is_adapted(owner: nn.Module, tensor: str) -> bool:
+    """The tensor is computed."""
+    lists = owner._modules.get("parametrizations")
+    return lists is not None and tensor in lists._modules
+
+
+def same_weight(one: tuple[nn.Module, str], other: tuple[nn.Module, str]) -> bool:
+    """Two names of one Parameter, with the same LoRAs on it if there are any."""
+
+    def parts(owner: nn.Module, tensor: str) -> list[object]:
+        if not is_adapted(owner, tensor):
+            return [owner._parameters.get(tensor)]
+        chain = chain_of(owner, tensor)
+        return [chain.original, *chain.children()]
+
+    found = parts(*one), parts(*other)
+    return len(found[0]) == len(found[1]) and all(a is b for a, b in zip(*found, strict=True))
+
+
 def first_order(owner: nn.Module) -> tuple[str, ...]:
     """Names of the owner's parameters, in their order before any was adapted."""
     lists = owner._modules.get("parametrizations")
@@ -97,10 +121,11 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
         if not isinstance(lists, nn.ModuleDict):
             continue
         for tensor, chain in lists.items():
-            name = canonical_name(f"{path}.{tensor}" if path else tensor)
+            prefix = f"{path}." if path else ""
+            name, inner = canonical_name(f"{prefix}{tensor}"), f"{prefix}parametrizations.{tensor}."
             for item in chain.children():
                 if isinstance(item, LoRA):
-                    yield Site(name, module, tensor, item)
+                    yield Site(name, module, tensor, item, inner)
 
 
 def attach_lora(owner: nn.Module, tensor: str, lora: LoRA, *, fused: bool = False) -> None:
@@ -212,6 +237,8 @@ def _make_class(base: type[nn.Module], tensors: tuple[str, ...], fused: bool) ->
 
     def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if isinstance(getattr(type(self), name, None), property) and name in tensors:
+            if parameter is not None and _reads_as(chain_of(self, name), parameter):
+                return
             raise ComputedWeightError(f"assigning {name!r}")
         base.register_parameter(self, name, parameter)
 
@@ -224,7 +251,9 @@ def _make_class(base: type[nn.Module], tensors: tuple[str, ...], fused: bool) ->
         "_load_from_state_dict": load,
         "register_parameter": register,
     }
-    return type(f"Parametrized{base.__name__}", (base,), namespace)
+    # transformers writes the name of a model's class into its config
+    name = base.__name__ if hasattr(base, "save_pretrained") else f"Parametrized{base.__name__}"
+    return type(name, (base,), namespace)
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -246,11 +275,21 @@ def _computed(tensor: str, fused: bool) -> property:
 
     def set_(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, tensor)
+        if _reads_as(chain, value):
+            return  # transformers' tie_weights assigns what is there
         if any(isinstance(p, LoRA) for p in chain):
             raise ComputedWeightError(f"assigning {tensor!r}")
         chain.right_inverse(value)
 
     return property(get_for_kernels if fused else get, set_)
+
+
+def _reads_as(chain: parametrize.ParametrizationList, value: Tensor) -> bool:
+    """The value is what the chain gives, of the same base and not just of equal numbers."""
+    own = _read(chain)
+    if not (isinstance(own, AdaptedWeight) and isinstance(value, AdaptedWeight)):
+        return own is value
+    return own.base is value.base and torch.equal(own.build(), value.build())
 
 
 def _read(chain: nn.Module) -> Tensor:
@@ -282,14 +321,44 @@ def rename_base_keys(
 
     The base goes to `parametrizations.weight.original`. The adapter is no part of such a state
     dict: its own values stand in for it, so that a strict load passes and leaves it as it is.
+
+    Where the factors are there as well (see `model/pretrained.py`), `weight` is W + ΔW and left
+    out: W is in the state dict under its own name, or the model's, if it has the fingerprint.
+
+    Raises:
+        ResumeError: W is another one.
+        MismatchError: a fingerprint of W without all factors.
     """
     for tensor, chain in _lists(module).named_children():
-        if f"{prefix}{tensor}" not in state_dict or not is_plain_chain(module, tensor):
+        inner, plain = f"{prefix}parametrizations.{tensor}.", f"{prefix}{tensor}"
+        told = state_dict.pop(f"{inner}{FINGERPRINT}", None)
+        own = chain.state_dict(keep_vars=True)
+        if told is not None:
+            _check_resumed(f"{prefix}{tensor}", own, told, state_dict, inner)
+        if not is_plain_chain(module, tensor) or (plain not in state_dict and told is None):
             continue
-        inner = f"{prefix}parametrizations.{tensor}."
-        state_dict[f"{inner}original"] = state_dict.pop(f"{prefix}{tensor}")
-        for name, value in chain.state_dict(keep_vars=True).items():
-            state_dict.setdefault(f"{inner}{name}", value)
+        value = state_dict.pop(plain, None)
+        if told is None:
+            state_dict.setdefault(f"{inner}original", value)
+        for name, kept_value in own.items():
+            state_dict.setdefault(f"{inner}{name}", kept_value)
+
+
+def fingerprint_tensor(W: Tensor) -> Tensor:
+    """The fingerprint of a base weight, as a tensor of text for a state dict."""
+    known = tensor_base_weight(dense(W))
+    return torch.tensor(list(f"{known.dtype} {known.hash}".encode()), dtype=torch.uint8)
+
+
+def _check_resumed(
+    name: str, own: dict[str, Tensor], told: Tensor, state_dict: dict[str, Any], inner: str
+) -> None:
+    here, there = (bytes(t.tolist()).decode() for t in (fingerprint_tensor(own["original"]), told))
+    if here != there:
+        raise ResumeError(canonical_name(name), here, there)
+    missing = [n for n in own if n != "original" and f"{inner}{n}" not in state_dict]
+    if missing:
+        raise MismatchError("the state dict", f"the adapters on {name}", missing=missing)
 
 
 # --- modules that somebody else has parametrized ----------------------------------------------

@@ -14,7 +14,7 @@ from lora_param.model.sites import by_weight, refuse_wrapped, sites, unwrapped
 from lora_param.model.state import check_plain, merge_identity, merged_weight
 from lora_param.weight.base import dense, storage_of
 
-__all__ = ["bake"]
+__all__ = ["bake", "check_finite"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,13 +43,13 @@ def bake(model: Model, adapter: str | None = None) -> Model:
     refuse_wrapped(inner)
     check_plain(found)
     groups = by_weight(found)
-    _check_finite(groups)
+    check_finite(groups)
     _write(inner, groups)
     detach(inner, found)
     return model
 
 
-def _check_finite(groups: list[list[Site]]) -> None:
+def check_finite(groups: list[list[Site]]) -> None:
     """Before anything is written: a factor or a merged value that is not a number."""
     for group in groups:
         original = dense(group[0].original.detach())

@@ -149,6 +149,11 @@ class LoRA(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return make_update(self.variant, tensors, scale, strength, self.region, dropout, known)
 
+    def update_of(self, tensors: Mapping[str, Tensor]) -> Update | Deferred:
+        """ΔW of other tensors under this LoRA's settings: of those in a state dict."""
+        own = fold_initial(tensors)
+        return make_update(self.variant, own, self.scale, self.strength, self.region, 0.0, None)
+
     def forward(self, W: Tensor) -> Tensor:
         """W itself while disabled, otherwise the adapted weight: W's shape and dtype."""
         return adapt(W, self.update(W)) if self.enabled else W

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from lora_param.targets.weights import canonical_name
 from lora_param.weight.update import merge
 
 __all__ = ["base_state_dict", "check_plain", "merge_identity", "merged_state_dict", "merged_weight"]
+__all__ += ["renamed_state_dict"]
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -25,7 +28,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(lp.base_state_dict(lp.apply(nn.Linear(4, 4), ["weight"], rank=2)))
         ['weight', 'bias']
     """
-    return _renamed(unwrapped(model), {})
+    return renamed_state_dict(unwrapped(model), {})
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -47,15 +50,18 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if key not in merged:
             merged[key] = merged_weight(group)
         of_weight[id(group[0].owner), group[0].tensor] = merged[key]
-    return _renamed(model, {s.name: of_weight[id(s.owner), s.tensor] for s in found})
+    return renamed_state_dict(model, {s.name: of_weight[id(s.owner), s.tensor] for s in found})
 
 
-def _renamed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def renamed_state_dict(
+    model: nn.Module, values: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """`model.state_dict()` without LoRA's entries, in the order of a model without LoRA.
 
     Args:
         model: an adapted model.
         values: what to put under an original name instead of the base.
+        given: the model's state dict, where it was gathered elsewhere.
     """
     order: dict[str, int] = {}
     rename: dict[str, str | None] = {}
@@ -76,7 +82,7 @@ def _renamed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
             if plain:
                 rename[f"{inner}original"] = f"{prefix}{tensor}"
     state: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    for key, value in (model.state_dict() if given is None else given).items():
         name = rename.get(key, key)
         if name is not None:
             name = canonical_name(name)
