@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_param.adapter import Adapter as Adapter
-    from lora_param.api import apply_checkpoint as apply_checkpoint
     from lora_param.api import disable as disable
     from lora_param.api import enable as enable
     from lora_param.api import load as load
@@ -28,12 +27,15 @@ if TYPE_CHECKING:
     from lora_param.api import save as save
     from lora_param.api import save_pretrained as save_pretrained
     from lora_param.api import stats as stats
+    from lora_param.api_files import apply_checkpoint as apply_checkpoint
+    from lora_param.api_files import bake_checkpoint as bake_checkpoint
     from lora_param.checkpoint.bake import BakeReport as BakeReport
+    from lora_param.consumers.check import check as check
+    from lora_param.consumers.verdict import Verdict as Verdict
     from lora_param.errors import LoraParamError as LoraParamError
     from lora_param.errors import UserError as UserError
     from lora_param.formats import read_adapter as read_adapter
     from lora_param.formats import write_adapter as write_adapter
-    from lora_param.formats.bake import bake_checkpoint as bake_checkpoint
     from lora_param.model.adapters import apply as apply
     from lora_param.model.adapters import attach as attach
     from lora_param.model.adapters import param_groups as param_groups
@@ -62,14 +64,16 @@ _HOMES = {
     "Plan": "targets.plan",
     "Stats": "report.stats",
     "UserError": "errors",
+    "Verdict": "consumers.verdict",
     "Verification": "verification",
     "apply": "model.adapters",
-    "apply_checkpoint": "api",
+    "apply_checkpoint": "api_files",
     "attach": "model.adapters",
     "bake": "model.baking",
-    "bake_checkpoint": "formats.bake",
+    "bake_checkpoint": "api_files",
     "base_state_dict": "model.state",
     "cached": "model.cache",
+    "check": "consumers.check",
     "disable": "api",
     "disabled": "model.switching",
     "enable": "api",

@@ -1,5 +1,5 @@
 """The verbs over more than one wing: `plan`, `stats`, `enable`, `disable` take a live model or a
-path, `save`, `load` and `apply_checkpoint` stand between an adapter and its file.
+path, `save` and `load` stand between an adapter on a model and its file.
 
 What works on a live model alone is in `model/`, what works on files alone in `checkpoint/` and
 `formats/`. Nothing here imports torch: only a live model brings it, and then it is imported. Half
@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from lora_param.adapter import Adapter, check_name
-from lora_param.checkpoint.create import create_adapter
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import NoAdapterError, OptionError, OutputError
-from lora_param.files.writer import check_output
 from lora_param.formats import (
-    check_adapter_name,
     is_adapter,
     read_adapter,
     toggle_file,
@@ -87,61 +84,6 @@ def plan(
     )
 
 
-@takes_settings
-def apply_checkpoint(
-    base: PathLike,
-    targets: Patterns,
-    out: PathLike,
-    *,
-    exclude: Patterns = (),
-    tied: Tied = "error",
-    adapter: str = "default",
-    seed: int | None = None,
-    key: str | None = None,
-    force: bool = False,
-    sync: bool = True,
-    **options: Unpack[SettingsOptions],
-) -> Plan:
-    """Register LoRA on weights of a checkpoint, without the model's code: write a fresh adapter.
-
-    Args:
-        base: a checkpoint's file or directory, or `python:package.module:callable`.
-        targets, exclude, tied: as for `apply`.
-        out: the adapter file to write.
-        adapter: its name.
-        seed: makes the factors, and so the file, repeatable.
-        key: which nested state dict of a pickled checkpoint.
-        force: replace a file that exists.
-        sync: have the data on the disk before the name shows them.
-        **options: the settings of what the patterns do not set.
-
-    Returns:
-        The plan that was carried out.
-
-    Raises:
-        TargetError, OptionError, UnknownOptionError: as for `apply`.
-        FileError: the checkpoint cannot be read, or the adapter not be written.
-    """
-    read_options(apply_checkpoint, options)
-    check_name(adapter)
-    check_adapter_name(Path(out))
-    if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
-        raise OutputError(out, "it is the checkpoint itself")
-    check_output(out, force=force)
-    done, record = create_adapter(
-        base,
-        targets,
-        exclude=exclude,
-        tied=tied,
-        seed=seed,
-        key=key,
-        name=adapter,
-        **options,
-    )
-    write_adapter(record, out, force=force, sync=sync)
-    return done
-
-
 def stats(
     model_or_path: nn.Module | PathLike,
     adapter: str | os.PathLike[str] | Adapter | None = None,
@@ -182,11 +124,17 @@ def stats(
         record = read_adapter(path)
         notes = _notes(record)
         return collect(
-            None, [record], source=str(path), notes=notes, measured=norms, progress=progress
+            None,
+            [record],
+            source=str(path),
+            name=_name(path),
+            notes=notes,
+            measured=norms,
+            progress=progress,
         )
     with open_checkpoint(path, key) as checkpoint:
         if adapter is None:
-            return collect(checkpoint.weights, [], source=str(path))
+            return collect(checkpoint.weights, [], source=str(path), name=_name(path))
         record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
         check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
         return collect(
@@ -194,10 +142,22 @@ def stats(
             [record],
             checkpoint.array if norms else None,
             source=f"{path} with {record.source}",
+            name=_name(path),
             notes=_notes(record),
             measured=norms,
             progress=progress,
         )
+
+
+_SAY_NOTHING = ("model", "pytorch_model", "adapter", "adapter_model", "checkpoint", "weights")
+
+
+def _name(path: PathLike) -> str:
+    """What to call a file or directory: its name, with the directory's before one like `model`."""
+    last = Path(path).absolute()
+    if str(path).startswith("python:"):
+        return str(path)
+    return "/".join(last.parts[-2:]) if last.stem in _SAY_NOTHING else last.name
 
 
 def _notes(record: Adapter) -> list[str]:
@@ -215,11 +175,13 @@ def _live_stats(model: nn.Module, adapter: object, norms: bool, progress: Progre
     on_meta = any(p.is_meta for p in model.parameters())
     factors = {id(p) for p in parameters(model)} if names else set()
     tensors = dict(model.named_parameters())
+    kind = type(model).__name__.removeprefix("Parametrized")
     return collect(
         weights_of(model),
         records,
         _live_array(model) if norms and not on_meta else None,
-        source=type(model).__name__.removeprefix("Parametrized"),
+        source=kind,
+        name=kind,
         unfrozen=sum(
             p.numel() for p in tensors.values() if p.requires_grad and id(p) not in factors
         ),

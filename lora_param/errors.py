@@ -24,10 +24,12 @@
     │   │   ├── NoAdapterError        no adapter of that name
     │   │   ├── AdapterExistsError    a second adapter of the same name
     │   │   ├── MismatchError         names or shapes that differ: both sides listed
+    │   │   ├── LayoutError           a target without a form in the base's layout
     │   │   ├── FingerprintError      same names and shapes, another base
     │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
+    │   ├── NameRuleError             a line that is no rule between names
     │   ├── MissingPackageError       a package that only this needs
     │   └── FileError                 reading or writing
     │       ├── MissingFileError
@@ -54,11 +56,13 @@ __all__ = [
     "FileError",
     "FingerprintError",
     "InternalError",
+    "LayoutError",
     "LoraParamError",
     "MismatchError",
     "MissingFileError",
     "MissingPackageError",
     "ModelError",
+    "NameRuleError",
     "NoAdapterError",
     "NoMatchError",
     "NonFiniteError",
@@ -130,6 +134,18 @@ class MissingPackageError(UserError, ImportError):
     def __init__(self, what: str, package: str, install: str) -> None:
         super().__init__(
             f"{what} needs {package}, which is not installed: pip install '{install}'."
+        )
+
+
+class NameRuleError(UserError, ValueError):
+    """A file of rules between names that cannot be read."""
+
+    def __init__(self, source: str, number: int | None, line: str, why: str) -> None:
+        where = source if number is None else f"line {number} of {source}"
+        shown = f" {line.strip()!r}" if line.strip() else ""
+        super().__init__(
+            f"{where} cannot be read as rules between names: {why}.{shown} "
+            f"A rule is e.g. '*.qkv_proj.weight = *.q_proj.weight | *.k_proj.weight'."
         )
 
 
@@ -361,6 +377,14 @@ class MismatchError(AdapterError):
         has = f"The base has, for instance, {listed(nearest)}." if nearest else ""
         self.args = (f"{self.args[0]} {has or 'The base has no weight that LoRA could adapt.'}",)
         return self
+
+
+class LayoutError(AdapterError):
+    """A target that the base holds in another layout, in which it has no form."""
+
+    def __init__(self, adapter: str, key: str, why: str) -> None:
+        super().__init__(f"{adapter} cannot be written for this base: {key} is {why}.")
+        self.key = key
 
 
 class FingerprintError(AdapterError):

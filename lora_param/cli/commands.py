@@ -310,6 +310,47 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 @app.command()
+def check(
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="An adapter of any tool.", show_default=False),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Argument(metavar="[BASE]", help="The checkpoint that it is for.", show_default=False),
+    ] = None,
+    consumer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="CONSUMER",
+            help="vllm, sglang, llama.cpp, ollama, peft, transformers, diffusers, comfyui or all; "
+            "with a version, vllm==0.11. Repeatable.",
+        ),
+    ] = None,
+    names: Annotated[
+        Path | None, typer.Option("--names", metavar="FILE", help="Further rules between names.")
+    ] = None,
+    key: Key = None,
+    json: Json = False,
+) -> None:
+    """Say what is wrong with an adapter, and what each server will do with it.
+
+    Exits with 0 if it is accepted, with 1 if somebody refuses it, and with 3 if it loads somewhere
+    and computes something else.
+
+    Example: lora-param check adapter model --for vllm
+    """
+    found = lp.check(adapter, base, consumer or (), names=names, key=key)
+    if json:
+        show_json(found.to_dict())
+    else:
+        show(found)
+    if found.worst != "accepted":
+        raise typer.Exit(1 if found.worst == "refused" else 3)
+
+
+@app.command()
 def demo(
     folder: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Where to leave its files.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.errors import AdapterExistsError, NoAdapterError
-from lora_param.model.attach import Site, attach_lora, detach_loras, sites_of
+from lora_param.model.attach import Site, register_lora, sites_of, unregister_loras
 from lora_param.model.lora import LoRA
 from lora_param.model.pretrained import dress, undress
 from lora_param.model.record import check_base
@@ -197,7 +197,7 @@ def _put_on(
             owner, tensor = where[name]
             if (id(owner), tensor) not in done:
                 done.add((id(owner), tensor))
-                attach_lora(owner, tensor, lora, fused=owner in fused)
+                register_lora(owner, tensor, lora, fused=owner in fused)
 
 
 def _freeze(model: nn.Module) -> None:
@@ -282,6 +282,6 @@ def remove(model: Model, adapter: str | None = None) -> Model:
 def detach(model: nn.Module, found: Iterable[Site]) -> None:
     """Take LoRAs off their weights, and unfreeze the base when none is left."""
     for group in by_weight(found):
-        detach_loras(group[0].owner, group[0].tensor, [s.lora for s in group])
+        unregister_loras(group[0].owner, group[0].tensor, [s.lora for s in group])
     undress(model)
     _restore_frozen(model)

@@ -33,9 +33,15 @@ from lora_param.weight.adapted import AdaptedWeight, built
 from lora_param.weight.base import dense, storage_of
 from lora_param.weight.opaque import opaque
 
-__all__ = ["FINGERPRINT", "Site", "attach_lora", "chain_of", "detach_loras", "fingerprint_tensor"]
-__all__ += ["first_order", "is_adapted", "is_plain_chain", "rename_base_keys", "replace_original"]
-__all__ += ["same_weight", "sites_of"]
+__all__ = ["FINGERPRINT", "Site", "chain_of", "fingerprint_tensor", "first_order", "is_adapted"]
+__all__ += [
+    "is_plain_chain",
+    "register_lora",
+    "rename_base_keys",
+    "replace_original",
+    "same_weight",
+]
+__all__ += ["sites_of", "unregister_loras"]
 
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
 FINGERPRINT = "fingerprint"  # among a weight's entries of a state dict, instead of a frozen W
@@ -128,7 +134,7 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
                     yield Site(name, module, tensor, item, inner)
 
 
-def attach_lora(owner: nn.Module, tensor: str, lora: LoRA, *, fused: bool = False) -> None:
+def register_lora(owner: nn.Module, tensor: str, lora: LoRA, *, fused: bool = False) -> None:
     """Register `lora` on a parameter of `owner`. The Parameter stays the same object.
 
     `fused` says that the owner is part of a module that has fused kernels for evaluation.
@@ -159,7 +165,7 @@ def attach_lora(owner: nn.Module, tensor: str, lora: LoRA, *, fused: bool = Fals
     owner.__class__ = _shared_class(base, tuple(lists._modules), fused)
 
 
-def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
+def unregister_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
     """Take LoRAs off a parameter. The last one off leaves class, keys and Parameter as before."""
     chain = chain_of(owner, tensor)
     kept = [p for p in chain if not any(p is g for g in gone)]

@@ -26,11 +26,15 @@ def bake_view(report: BakeReport) -> RenderableType:
     common, varying = split_common(rows, [("adapter", lambda r: r.adapter)])
     if rows:
         groups = collapse(rows, lambda r: r.target, lambda r: (_words(r), r.adapter))
+        write = (
+            figures.aligned(r.relative_norm for r in rows),
+            figures.aligned(r.rounding_loss for r in rows),
+        )
         columns = [Column(name, left=True) for name, _ in varying]
         columns += [Column("changed"), Column("of", optional=True)]
         columns += [Column("‖ΔW‖/‖W‖"), Column("rounding loss")]
         parts += [Facts(common)] if common else []
-        parts += ["", TreeTable(columns, [_line(g, bool(varying)) for g in groups])]
+        parts += ["", TreeTable(columns, [_line(g, bool(varying), *write) for g in groups])]
     if disabled:
         off = collapse(disabled, str, lambda _: 0)
         lines = [Row(g.segments, (), len(g.items), ("disabled: the base alone",)) for g in off]
@@ -48,13 +52,15 @@ def _words(row: BakedTarget) -> tuple[str, ...]:
     return ("unchanged",) if row.changed == 0 else ()
 
 
-def _line(group: Group[BakedTarget], with_adapter: bool) -> Row:
+def _line(
+    group: Group[BakedTarget], with_adapter: bool, norm: figures.Write, loss: figures.Write
+) -> Row:
     items = group.items
     cells = (
         figures.count(sum(r.changed for r in items)),
         figures.count(sum(r.total for r in items)),
-        figures.span((r.relative_norm for r in items), digits=2),
-        figures.most((r.rounding_loss for r in items), digits=2),
+        figures.span((r.relative_norm for r in items), norm),
+        figures.most((r.rounding_loss for r in items), loss),
     )
     lead = (items[0].adapter,) if with_adapter else ()
     return Row(group.segments, (*lead, *cells), len(items), _words(items[0]))

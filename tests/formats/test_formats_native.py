@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_param.adapter import Adapter
+from lora_param.api_files import bake_checkpoint
 from lora_param.checkpoint.create import create_adapter
 from lora_param.errors import (
     BrokenFileError,
@@ -23,7 +24,6 @@ from lora_param.errors import (
 )
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats import is_adapter, read_adapter, toggle_file, write_adapter
-from lora_param.formats.bake import bake_checkpoint
 from lora_param.targets.settings import Settings
 
 
