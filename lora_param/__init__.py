@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from lora_param.model.adapters import parameters as parameters
     from lora_param.model.adapters import remove as remove
     from lora_param.model.baking import bake as bake
-    from lora_param.model.cache import cached as cached
     from lora_param.model.lora import LoRA as LoRA
     from lora_param.model.record import get_adapter as get_adapter
     from lora_param.model.state import base_state_dict as base_state_dict
     from lora_param.model.state import merged_state_dict as merged_state_dict
+    from lora_param.model.switching import cached as cached
     from lora_param.model.switching import disabled as disabled
     from lora_param.model.switching import set_scale as set_scale
     from lora_param.report.stats import Stats as Stats
@@ -72,7 +72,7 @@ _HOMES = {
     "bake": "model.baking",
     "bake_checkpoint": "api_files",
     "base_state_dict": "model.state",
-    "cached": "model.cache",
+    "cached": "model.switching",
     "check": "consumers.check",
     "disable": "api",
     "disabled": "model.switching",

@@ -308,7 +308,7 @@ def save_pretrained(
     from lora_param.model.pretrained import check_pretrained, untied_as_saved
     from lora_param.model.record import get_adapter
     from lora_param.model.sites import adapter_names, by_weight, sites, unwrapped
-    from lora_param.model.state import base_state_dict, check_plain, merged_state_dict
+    from lora_param.model.state import base_state_dict, check_chains, merged_state_dict
 
     inner, directory = unwrapped(model), Path(directory)
     check_pretrained(inner)
@@ -317,7 +317,7 @@ def save_pretrained(
         raise NoAdapterError(None, [])
     if directory.exists() and not directory.is_dir():
         raise OutputError(directory, "it is a file, not a directory")
-    check_plain(sites(inner))
+    check_chains(sites(inner), chain=False)
     check_finite(by_weight(sites(inner)))
     state = merged_state_dict(inner) if merged else base_state_dict(inner)
     files = {} if merged else {_adapter_file(name, len(names)): name for name in names}

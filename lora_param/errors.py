@@ -15,6 +15,9 @@
     │   ├── ModelError                a live model in the wrong state
     │   │   ├── ComputedWeightError   writing into a weight that is computed
     │   │   ├── BelowAutogradError    an operation that would lose the factors' gradients
+    │   │   ├── ChainError            another parametrization stands on an adapted weight
+    │   │   ├── DependentUpdateError  baking one adapter would change what another adds
+    │   │   ├── DuplicateTargetError  two LoRAs of one adapter on the same part of a weight
     │   │   ├── WrappedModelError     attaching behind a distributed wrapper
     │   │   ├── ResizeError           new rows for an adapted embedding
     │   │   ├── RetieError            tying weights of which one side is adapted
@@ -52,7 +55,10 @@ __all__ = [
     "AdapterExistsError",
     "BelowAutogradError",
     "BrokenFileError",
+    "ChainError",
     "ComputedWeightError",
+    "DependentUpdateError",
+    "DuplicateTargetError",
     "FileError",
     "FingerprintError",
     "InternalError",
@@ -237,8 +243,11 @@ class ModelError(UserError, RuntimeError):
     """A live model in the wrong state for what was asked."""
 
 
-class ComputedWeightError(ModelError):
-    """Writing into a weight that is computed from base and factors."""
+class ComputedWeightError(ModelError, NotImplementedError):
+    """Writing into a weight that is computed from base and factors.
+
+    To torch, which asks parametrizations for an inverse, it says that there is none.
+    """
 
     def __init__(self, operation: str) -> None:
         super().__init__(
@@ -258,6 +267,48 @@ class BelowAutogradError(ModelError):
             "Use weight.clone(), which is W + ΔW as a plain tensor with gradients, run the model "
             "within torch.nn.utils.parametrize.cached(), which reads every weight so, or use "
             "torch.no_grad() where no gradient is needed."
+        )
+
+
+class ChainError(ModelError):
+    """Another parametrization stands on an adapted weight, so that W + ΔW has no place of its own.
+
+    Args:
+        name: the weight.
+        others: classes of the other parametrizations.
+        kept: adapters on it that were to stay.
+    """
+
+    def __init__(self, name: str, others: Sequence[str], kept: Sequence[str] = ()) -> None:
+        what = f"{name} carries another parametrization besides LoRA ({listed(others)})"
+        super().__init__(
+            f"{what}: its chain becomes one plain weight as a whole, with {listed(kept)}, which "
+            f"was to stay. Bake all adapters at once (adapter=None)."
+            if kept
+            else f"{what}, through which W + ΔW cannot be written. Remove that one first, or make "
+            f"the whole chain one plain weight: bake(model, chain=True)."
+        )
+
+
+class DependentUpdateError(ModelError):
+    """Baking one adapter would change what another adds, and so the output."""
+
+    def __init__(self, key: str, baked: Sequence[str], kept: str, variant: str) -> None:
+        super().__init__(
+            f"{key}: baking {listed(baked)} alone would change what {kept!r} adds, since the "
+            f"update of {variant} depends on the weight that it stands on, and with it the output. "
+            f"Bake all adapters at once (adapter=None), or remove one of the two. "
+            f"Nothing was written."
+        )
+
+
+class DuplicateTargetError(ModelError):
+    """Two LoRAs of one adapter on the same part of a weight, registered by hand."""
+
+    def __init__(self, key: str, adapter: str) -> None:
+        super().__init__(
+            f"two LoRAs of the adapter {adapter!r} stand on {key}, and an adapter holds one: give "
+            f"each a name of its own, LoRA(..., adapter=...)."
         )
 
 

@@ -7,6 +7,7 @@ on the model that it was given.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, Unpack
 
@@ -191,7 +192,7 @@ def _put_on(
     dress(model)
     fused = {p for m in model.modules() if isinstance(m, _FUSED) for p in m.modules()}
     for target, factors in loras:
-        lora = LoRA(target, factors, adapter)
+        lora = LoRA.of(target, factors, adapter)
         done: set[tuple[int, str]] = set()
         for name in (target.target.name, *target.also):
             owner, tensor = where[name]
@@ -217,6 +218,8 @@ def _restore_frozen(model: nn.Module) -> None:
         return
     names = getattr(model, _FROZEN)
     delattr(model, _FROZEN)
+    # a chain that began with several tensors may be one by now
+    names |= {re.sub(r"\.original\d+$", "", name) for name in names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if _base_name(name) in names:
             parameter.requires_grad_(True)

@@ -33,20 +33,16 @@ from lora_param.weight.adapted import AdaptedWeight, built
 from lora_param.weight.base import dense, storage_of
 from lora_param.weight.opaque import opaque
 
-__all__ = ["FINGERPRINT", "Site", "chain_of", "fingerprint_tensor", "first_order", "is_adapted"]
-__all__ += [
-    "is_plain_chain",
-    "register_lora",
-    "rename_base_keys",
-    "replace_original",
-    "same_weight",
-]
-__all__ += ["sites_of", "unregister_loras"]
+__all__ = ["FINGERPRINT", "Site", "base_of", "chain_of", "chain_value", "fingerprint_tensor"]
+__all__ += ["first_order", "is_adapted", "is_plain_chain", "originals_of", "others_of"]
+__all__ += ["register_lora", "rename_base_keys", "replace_original", "same_weight", "sites_of"]
+__all__ += ["unregister_loras"]
 
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
 FINGERPRINT = "fingerprint"  # among a weight's entries of a state dict, instead of a frozen W
 _BASE = "_lora_param_base"  # on an injected class: the class that the module had
 _FUSED = "_lora_param_fused"  # on an injected class: the module is part of one with fused kernels
+_TENSORS = "_lora_param_tensors"  # on an injected class: what is computed on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +71,51 @@ class Site:
     @property
     def original(self) -> Tensor:
         """The base W."""
-        return chain_of(self.owner, self.tensor).original
+        return base_of(chain_of(self.owner, self.tensor))
 
 
 def chain_of(owner: nn.Module, tensor: str) -> parametrize.ParametrizationList:
     """The parametrizations of a tensor, in order."""
     return cast(parametrize.ParametrizationList, _lists(owner)._modules[tensor])
+
+
+def originals_of(chain: parametrize.ParametrizationList) -> dict[str, Tensor]:
+    """What the chain starts from, by its names there: one tensor, or several (weight_norm)."""
+    several = [f"original{i}" for i in range(0 if chain.is_tensor else chain.ntensors)]
+    return {name: getattr(chain, name) for name in several or ["original"]}
+
+
+def base_of(chain: parametrize.ParametrizationList) -> Tensor:
+    """W: the one tensor that the chain starts from, or what its first members make of several."""
+    originals = originals_of(chain)
+    if chain.is_tensor:
+        return originals["original"]
+    first, *rest = chain.children()
+    value: Tensor = first(*originals.values())
+    for item in rest:
+        if isinstance(item, LoRA):
+            break
+        value = item(value)
+    return value
+
+
+@torch.no_grad()
+def chain_value(owner: nn.Module, tensor: str) -> Tensor:
+    """What the whole chain gives in evaluation, as a tensor of its own."""
+    chain = chain_of(owner, tensor)
+    modes = [(m, m.training) for m in chain.modules()]
+    try:
+        value = _read(chain.eval())
+        return value.build() if isinstance(value, AdaptedWeight) else value.clone()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def others_of(owner: nn.Module, tensor: str) -> list[str]:
+    """Class names of the parametrizations besides LoRA on this tensor."""
+    items = chain_of(owner, tensor).children()
+    return [type(item).__name__ for item in items if not isinstance(item, LoRA)]
 
 
 def _lists(owner: nn.Module) -> nn.ModuleDict:
@@ -107,7 +142,7 @@ def same_weight(one: tuple[nn.Module, str], other: tuple[nn.Module, str]) -> boo
         if not is_adapted(owner, tensor):
             return [owner._parameters.get(tensor)]
         chain = chain_of(owner, tensor)
-        return [chain.original, *chain.children()]
+        return [*originals_of(chain).values(), *chain.children()]
 
     found = parts(*one), parts(*other)
     return len(found[0]) == len(found[1]) and all(a is b for a, b in zip(*found, strict=True))
@@ -121,11 +156,16 @@ def first_order(owner: nn.Module) -> tuple[str, ...]:
 
 
 def sites_of(model: nn.Module) -> Iterator[Site]:
-    """Every LoRA on the model, in the order of the modules; under each name of what is shared."""
+    """Every LoRA on the model, in the order of the modules; under each name of what is shared.
+
+    A module on which torch's own function registered it gets our class here, when first seen.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         lists = module._modules.get("parametrizations")
         if not isinstance(lists, nn.ModuleDict):
             continue
+        if any(isinstance(p, LoRA) for chain in lists.children() for p in chain.children()):
+            _adopt(module)
         for tensor, chain in lists.items():
             prefix = f"{path}." if path else ""
             name, inner = canonical_name(f"{prefix}{tensor}"), f"{prefix}parametrizations.{tensor}."
@@ -200,9 +240,23 @@ def unregister_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> N
             parameters[name] = parameters.pop(name)  # back to the order they were made in
 
 
-def replace_original(owner: nn.Module, tensor: str, parameter: nn.Parameter) -> None:
-    """Give the weight a base of its own, where the one it had is shared with another name."""
-    chain_of(owner, tensor)._parameters["original"] = parameter
+def replace_original(
+    owner: nn.Module, tensor: str, parameter: nn.Parameter, *, only_lora: bool = False
+) -> None:
+    """Give the weight another base, where the one it had is shared with another name.
+
+    With `only_lora` other parametrizations are taken off its chain.
+    """
+    chain = chain_of(owner, tensor)
+    if only_lora:
+        loras = [item for item in chain.children() if isinstance(item, LoRA)]
+        for index in reversed(range(len(chain))):
+            del chain[index]
+        chain.extend(loras)
+        for name in originals_of(chain):
+            delattr(chain, name)
+        chain.is_tensor = True
+    chain._parameters["original"] = parameter
 
 
 # --- the injected class -----------------------------------------------------------------------
@@ -252,6 +306,7 @@ def _make_class(base: type[nn.Module], tensors: tuple[str, ...], fused: bool) ->
     namespace |= {
         _BASE: base,
         _FUSED: fused,
+        _TENSORS: tensors,
         "__module__": base.__module__,
         "__reduce_ex__": reduce,
         "_load_from_state_dict": load,
@@ -260,6 +315,29 @@ def _make_class(base: type[nn.Module], tensors: tuple[str, ...], fused: bool) ->
     # transformers writes the name of a model's class into its config
     name = base.__name__ if hasattr(base, "save_pretrained") else f"Parametrized{base.__name__}"
     return type(name, (base,), namespace)
+
+
+def _adopt(owner: nn.Module) -> None:
+    """Give a module the class that `register_lora` gives, where torch registered LoRA on it.
+
+    Where something else stands on it as well, it keeps torch's class and learns to load.
+    """
+    lists = _lists(owner)
+    tensors, cls = tuple(lists._modules), type(owner)
+    if _is_ours(owner) and cls.__dict__[_TENSORS] == tensors:
+        return
+    if not all(is_plain_chain(owner, tensor) for tensor in tensors):
+        if not _is_ours(owner):
+            _hook_loading(owner)
+        return
+    if not _is_ours(owner):
+        if not all(isinstance(cls.__dict__.get(tensor), property) for tensor in tensors):
+            return  # somebody else's mechanism
+        _unhook_loading(owner)
+    # Where they stood among the other parameters is not known: weights are made before biases.
+    lists.__dict__.setdefault(_ORDER, (*tensors, *owner._parameters))
+    base = cls.__dict__[_BASE] if _is_ours(owner) else cls.__bases__[0]
+    owner.__class__ = _shared_class(base, tensors, getattr(cls, _FUSED, False))
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -39,7 +39,7 @@ from lora_param.model.attach import (
 )
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import by_weight
-from lora_param.model.state import check_plain, merge_identity, renamed_state_dict
+from lora_param.model.state import check_chains, merge_identity, renamed_state_dict
 from lora_param.weight.update import merge
 
 __all__ = ["check_pretrained", "dress", "resumable_state_dict", "undress", "untied_as_saved"]
@@ -85,7 +85,7 @@ def resumable_state_dict(
     """
     given = model.state_dict() if state is None else dict(state)
     found = list(sites_of(model))
-    check_plain(found)
+    check_chains(found, chain=False)
     merged: dict[tuple[int, ...], Tensor] = {}
     values: dict[str, Tensor] = {}
     beside: dict[str, dict[str, Tensor]] = {}
