@@ -26,8 +26,8 @@ from lora_param.weight.base import dense, logical_dtype, logical_shape, storage_
 from lora_param.weight.computed import Computed, protect, refuse_writes, refuse_writes_below
 from lora_param.weight.update import Deferred, NormalForm, Update, lower_all, merge
 
-__all__ = ["RULES", "AdaptedWeight", "EagerAdaptedWeight", "adapt", "adapted", "built"]
-__all__ += ["implements", "lower"]
+__all__ = ["RULES", "AdaptedWeight", "EagerAdaptedWeight", "Pieces", "adapt", "adapted"]
+__all__ += ["built", "implements", "lower"]
 
 Rule = Callable[..., Any]
 
@@ -127,6 +127,26 @@ class AdaptedWeight(Computed):
         return f"AdaptedWeight({self.build()!r}, updates={len(self.updates)})"
 
 
+class Pieces:
+    """The matrices of a stack, built of tensors at their versions, in a gradient mode."""
+
+    __slots__ = ("grad", "matrices", "versions")
+
+    def __init__(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.versions = [(t, t._version) for t in parts]
+        self.matrices = matrices
+
+    def current(self) -> Sequence[Tensor] | None:
+        """The matrices, or None where they would be others now."""
+        if torch.is_grad_enabled() is not self.grad:
+            return None
+        for t, version in self.versions:
+            if t._version != version:
+                return None
+        return self.matrices
+
+
 class _Comparable(torch._C._TensorMeta):
     """Counts parameters among the instances: `torch.testing` compares a weight with a parameter
     only where one is an instance of the other's class."""
@@ -139,6 +159,10 @@ class EagerAdaptedWeight(AdaptedWeight, metaclass=_Comparable):
     """An `AdaptedWeight` without data, for everything but tracing."""
 
     _built: dict[bool, tuple[tuple[int, ...], Tensor]]
+    pieces: Pieces | None = None
+    """The matrices of a stack, where they have been built."""
+    reads: int = 0
+    """How many matrices of a stack have been asked for."""
 
     @staticmethod
     def __new__(
@@ -192,6 +216,17 @@ class EagerAdaptedWeight(AdaptedWeight, metaclass=_Comparable):
         if _any_differentiable((args, kwargs)):
             raise BelowAutogradError(str(func))
         return func(*_build_all(args), **_build_all(kwargs))
+
+    def __getitem__(self, index: Any) -> Any:
+        """As any operation, but for the matrices of a stack that are there already."""
+        if self.pieces is not None and (
+            type(index) is int
+            or (type(index) is Tensor and index.dtype is torch.int64 and not index.dim())
+        ):
+            matrices = self.pieces.current()
+            if matrices is not None:
+                return matrices[int(index)]
+        return super().__getitem__(index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedWeight:
         base, updates, alpha = deepcopy((self.base, self.updates, self.alpha), memo)
