@@ -71,7 +71,8 @@ def _target_parts(rows: Sequence[TargetRow]) -> list[RenderableType]:
         Column("shape"),
         *(Column(n, left=n in ("adapter", "variant", "dtype")) for n, _ in varying),
     ]
-    shown += [Column("trainable"), Column("‖ΔW‖", optional=True), Column("‖ΔW‖/‖W‖")]
+    alone = not any(r.ratio is not None for r in rows)  # then ‖ΔW‖ is all there is of their size
+    shown += [Column("trainable"), Column("‖ΔW‖", optional=not alone), Column("‖ΔW‖/‖W‖")]
     shown += [Column("eff. rank", optional=True)]
     measures: Sequence[Callable[[TargetRow], float | None]] = (
         lambda r: r.update_norm,
