@@ -14,6 +14,7 @@
     │   │   └── TiedWeightsError      one side of a tied pair
     │   ├── ModelError                a live model in the wrong state
     │   │   ├── ComputedWeightError   writing into a weight that is computed
+    │   │   ├── BelowAutogradError    an operation that would lose the factors' gradients
     │   │   ├── ChainError            another parametrization stands on an adapted weight
     │   │   ├── DependentUpdateError  baking one adapter would change what another adds
     │   │   ├── DuplicateTargetError  two LoRAs of one adapter on the same part of a weight
@@ -54,6 +55,7 @@ from collections.abc import Iterable, Mapping, Sequence
 __all__ = [
     "AdapterError",
     "AdapterExistsError",
+    "BelowAutogradError",
     "BrokenFileError",
     "ChainError",
     "ComputedWeightError",
@@ -273,6 +275,19 @@ class ComputedWeightError(ModelError, NotImplementedError):
             f"{operation} writes into an adapted weight, which is computed as W + scale·(B @ A): "
             "the change would be lost. Write to the base (module.parametrizations.<name>.original) "
             "or to the factors, or call lora_param.bake(model) or lora_param.remove(model) first."
+        )
+
+
+class BelowAutogradError(ModelError):
+    """An operation that takes an adapted weight below autograd, which would lose gradients."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            f"{operation} was given an adapted weight in a way that would lose the gradients of "
+            "its factors (jagged tensors, torch.vmap and torch.func.grad over the weight do that). "
+            "Use weight.clone(), which is W + ΔW as a plain tensor with gradients, run the model "
+            "within torch.nn.utils.parametrize.cached(), which reads every weight so, or use "
+            "torch.no_grad() where no gradient is needed."
         )
 
 
