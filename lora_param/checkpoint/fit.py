@@ -6,7 +6,7 @@ import difflib
 
 from lora_param.adapter import Adapter, Host, check_fit
 from lora_param.checkpoint.base import Checkpoint
-from lora_param.errors import MismatchError
+from lora_param.errors import MismatchError, UnsuitableWeightError
 
 __all__ = ["check_checkpoint"]
 
@@ -22,6 +22,7 @@ def check_checkpoint(
         The adapter, with all settled that its file leaves open.
 
     Raises:
+        UnsuitableWeightError: a weight that LoRA cannot adapt: complex, integer, sparse, quantized.
         MismatchError: a name that the base lacks, or a shape that differs; both sides are named.
         FingerprintError: the base holds other values than the one the adapter was made on.
     """
@@ -29,6 +30,9 @@ def check_checkpoint(
         if adapter.settle is not None:
             adapter = adapter.on(Host(str(base.path), base.weights, base.__getitem__))
         names = [n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart)]
+        for name in names:
+            if name in base and (reason := base.weights[name].unmergeable):
+                raise UnsuitableWeightError(name, reason)
         check_fit(
             adapter, base.fingerprint(names), str(base.path), check_fingerprint=check_fingerprint
         )

@@ -53,19 +53,22 @@ class Weight:
         return self.dtype.startswith(("float", "bfloat"))
 
     @property
-    def unsuitable(self) -> str:
-        """Why LoRA cannot adapt it, or ""."""
+    def unmergeable(self) -> str:
+        """Why nothing can be added to its numbers, or ""."""
         if self.packed:
             return self.packed
         if not self.is_float:
             return f"of dtype {self.dtype}"
         if self.dtype.startswith("float4"):
             return f"packed as {self.dtype}"
-        if len(self.shape) < 2:
+        return f"empty, of shape {self.shape}" if self.numel == 0 else ""
+
+    @property
+    def unsuitable(self) -> str:
+        """Why LoRA cannot adapt it, or ""."""
+        if not self.unmergeable and len(self.shape) < 2:
             return f"{len(self.shape)}-dimensional"
-        if self.numel == 0:
-            return f"empty, of shape {self.shape}"
-        return ""
+        return self.unmergeable
 
     @property
     def not_linear(self) -> str:
