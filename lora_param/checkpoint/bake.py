@@ -182,11 +182,12 @@ def bake_adapters(
             require_change=require_change,
             progress=progress,
         )
-        rows = [merging.rows[id(p.adapter), p.key] for p in merging.targets]
+        found = merging.rows()
+        rows = list(found.values())
         dead = [
             a.name
             for a, _ in adapters
-            if (own := [merging.rows[k] for k in merging.rows if k[0] == id(a)])
+            if (own := [row for key, row in found.items() if key[0] == id(a)])
             and all(row.dead for row in own)
         ]
         return BakeReport(
@@ -320,8 +321,9 @@ def _write(
 
 def _check_change(merging: Merging) -> None:
     """Enabled targets of a weight that is not 0, and yet nothing differs from the base."""
-    meant = [merging.rows[id(p.adapter), p.key] for p in merging.targets if p.weight]
-    if meant and not any(row.changed for row in merging.rows.values()):
+    rows = merging.rows()
+    meant = [rows[id(p.adapter), p.key] for p in merging.targets if p.weight]
+    if meant and not any(row.changed for row in rows.values()):
         raise UnchangedError(
             dict.fromkeys(p.adapter.source for p in merging.targets),
             len(meant),
