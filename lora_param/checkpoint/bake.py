@@ -281,6 +281,7 @@ def _write(
     progress: Report | None,
 ) -> tuple[list[str], int]:
     """Write the result; its files' names and their size together."""
+    merging.exact = verify
     from lora_param.checkpoint.module import ModuleCheckpoint
     from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
 
@@ -337,6 +338,11 @@ def _notes(checkpoint: Checkpoint, rows: Sequence[BakedTarget]) -> list[str]:
         notes.append("No target is enabled: the result holds the base's weights.")
     elif not any(row.changed for row in rows):
         notes.append("No element changed: the result holds the base's weights.")
+    if any(row.measured < row.total for row in rows):
+        notes.append(
+            "Norms and rounding loss are estimated from every eighth block of rows; "
+            "--verify measures all of them."
+        )
     if lost := [row.target for row in rows if row.lost]:
         notes.append(f"Too small for the stored dtype to hold: the update of {', '.join(lost)}.")
     if isinstance(checkpoint, DirectoryCheckpoint):

@@ -14,6 +14,7 @@ from itertools import islice
 
 __all__ = ["Job", "Progress", "followed", "run_jobs"]
 
+_KEPT = 1 << 22  # elements, 16 MiB: more than a block's buffers take
 _MOST = 16  # threads: more wait for the disk, and for Python's lock
 
 Progress = Callable[[int, str], None]
@@ -62,6 +63,7 @@ def run_jobs(jobs: Iterable[Job], progress: Progress) -> None:
     """
     import torch
 
+    torch.empty(_KEPT)  # glibc then keeps what is freed, up to this, instead of giving it back
     threads = torch.get_num_threads()
     workers, jobs = min(threads, _MOST), iter(jobs)
     with ThreadPoolExecutor(workers, "lora_param", partial(torch.set_num_threads, 1)) as pool:

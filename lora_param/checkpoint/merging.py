@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.checkpoint.base import Checkpoint
@@ -17,12 +17,16 @@ from lora_param.targets.regions import WHOLE, Region
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from lora_param.weight.blocks import Index
     from lora_param.weight.update import Deferred, Update
 
 __all__ = ["BakedTarget", "Block", "Measures", "Merging", "plan_merging"]
+
+
+_EVERY = 8  # blocks, of which one is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class BakedTarget:
             hold; of all adapters on the target together. 0 where ΔW is 0.
         relative_norm: ‖ΔW‖ / ‖W‖ of this adapter over the target; infinite over a zero W.
         dead: ΔW is zero because the factors are (B was never trained).
+        measured: number of the target's elements that the two norms are of: all of them, or those
+            of every eighth block of rows where the target has several.
     """
 
     target: str
@@ -47,6 +53,7 @@ class BakedTarget:
     rounding_loss: float
     relative_norm: float
     dead: bool
+    measured: int = 0
 
     @property
     def lost(self) -> bool:
@@ -98,6 +105,7 @@ class Block:
         region: the one region of all the pieces; None where they take the whole of the entry,
             each by a region of its own.
         index: the block in the region, seen as a matrix or a stack.
+        is_sampled: norms are measured over it also where they are estimated.
     """
 
     start: int
@@ -105,6 +113,7 @@ class Block:
     pieces: tuple[_Piece, ...] = ()
     region: Region | None = None
     index: Index = ()
+    is_sampled: bool = True
 
     @property
     def is_changed(self) -> bool:
@@ -117,16 +126,17 @@ class Measures(NamedTuple):
 
     changed: int
     total: int
-    base: float  # Σ W²
-    own: float  # Σ ΔW² of the target
-    wanted: float  # Σ ΔW² of all that is added
-    lost: float  # Σ (kept - ΔW)²
+    measured: int = 0  # elements that the following are of
+    base: float = 0.0  # Σ W²
+    own: float = 0.0  # Σ ΔW² of the target
+    wanted: float = 0.0  # Σ ΔW² of all that is added
+    lost: float = 0.0  # Σ (kept - ΔW)²
 
     @classmethod
     def sum(cls, parts: Sequence[Measures]) -> Measures:
         """Of several blocks; exact, so that their order does not matter."""
-        changed, total, *squares = zip(cls(0, 0, 0.0, 0.0, 0.0, 0.0), *parts, strict=True)
-        return cls(sum(changed), sum(total), *map(math.fsum, squares))
+        changed, total, measured, *squares = zip(cls(0, 0), *parts, strict=True)
+        return cls(sum(changed), sum(total), sum(measured), *map(math.fsum, squares))
 
 
 @dataclass
@@ -138,12 +148,14 @@ class Merging:
         pieces: entry name → the updates that its tensor takes; tied names are all listed.
         dtype: what floating tensors are stored as, or None for what they are.
         disabled: keys of targets that take no part.
+        exact: measure norms over every block instead of one in some.
     """
 
     base: Checkpoint
     pieces: dict[str, list[_Piece]]
     dtype: torch.dtype | None
     disabled: list[str]
+    exact: bool = False
     _measures: dict[tuple[int, str], dict[str, list[Measures]]] = field(default_factory=dict)
 
     @property
@@ -187,11 +199,12 @@ class Merging:
         for region, own in regions.items():
             matrix = region.matrix(shape)
             first = 0 if region.rows is None else region.rows[0] * width
-            for index in blocks_of(matrix):
+            for number, index in enumerate(blocks_of(matrix)):
                 start, stop = flat_range(index, matrix)
                 if region.columns is not None:  # whole rows, for these follow each other
                     start, stop = index[0].start * width, index[0].stop * width
-                found.append(Block(first + start, first + stop, tuple(own), region, index))
+                sampled = number % _EVERY == 0
+                found.append(Block(first + start, first + stop, tuple(own), region, index, sampled))
         return sorted(found, key=lambda block: block.start)
 
     def merge(
@@ -212,7 +225,6 @@ class Merging:
             NonFiniteError: a finite value becomes infinite or NaN in the stored dtype.
         """
         from lora_param.weight.precision import compute_dtype
-        from lora_param.weight.update import add_deltas
 
         dtype, wide = self.stored_as(W), compute_dtype(W.dtype)
         part = W.reshape(-1)[block.start : block.stop]
@@ -235,12 +247,14 @@ class Merging:
             regions, shape = [region] * len(updates), region.shape(tuple(part.shape))
             own = part[region.index].reshape(region.matrix(tuple(part.shape)))
             deltas = [u.of_block(block.index).delta(own, wide).view(shape) for u in updates]
-        kept = add_deltas(part, zip(regions, deltas, strict=True)).to(dtype)
-        measures = _measure(part, kept, regions, deltas)
-        # where all that is lost is finite, so is all that is kept
-        known = measures[0].total == part.numel() and math.isfinite(measures[0].lost)
-        if not known and _overflows(part, kept):
+        kept = _add(part, zip(regions, deltas, strict=True), wide).to(dtype)
+        changed = [_count_changed(part[r.index].to(dtype), kept[r.index]) for r in regions]
+        if _may_overflow(kept) and _overflows(part, kept):
             raise NonFiniteError(f"{name} with its update, stored as {dtype},")
+        totals = [part[r.index].numel() for r in regions]
+        measures = list(map(Measures, changed, totals))
+        if self.exact or block.is_sampled:
+            measures = _measure(part, kept, regions, deltas, measures)
         return kept.reshape(-1), measures
 
     def updates(self, pieces: Sequence[_Piece], dtype: torch.dtype) -> list[Update | Deferred]:
@@ -311,11 +325,24 @@ class Merging:
             rounding_loss=lost / wanted if wanted else 0.0,
             relative_norm=own / base if base else (math.inf if own else 0.0),
             dead=is_dead(piece.factors(), own, base),
+            measured=m.measured,
         )
 
 
+def _add(W: Tensor, deltas: Iterable[tuple[Region, Tensor]], dtype: torch.dtype) -> Tensor:
+    """`add_deltas` without gradients: in place, which is quicker, of W's rows in this dtype."""
+    merged = W.to(dtype, copy=True)
+    for region, delta in deltas:
+        merged[region.index].add_(delta)
+    return merged
+
+
 def _measure(
-    W: Tensor, kept: Tensor, regions: Sequence[Region], deltas: Sequence[Tensor]
+    W: Tensor,
+    kept: Tensor,
+    regions: Sequence[Region],
+    deltas: Sequence[Tensor],
+    counted: Sequence[Measures],
 ) -> list[Measures]:
     """What was stored against what was meant, for each update of some rows of W."""
     import torch
@@ -327,21 +354,19 @@ def _measure(
     else:
         wanted = torch.zeros_like(W, dtype=wide)
         for region, delta in zip(regions, deltas, strict=True):
-            wanted[region.index] += delta
+            wanted[region.index].add_(delta)
     found: list[Measures] = []
-    for region, delta in zip(regions, deltas, strict=True):
+    for region, delta, count in zip(regions, deltas, counted, strict=True):
         own = _square(delta)
         if shared and found:
             found.append(found[0]._replace(own=own))
             continue
-        base, stored = W[region.index], kept[region.index]
         want = wanted if shared else wanted[region.index]
-        full = base.to(wide)
-        lost = stored.to(wide).sub(full).sub_(want)
+        full = W[region.index].to(wide)
+        lost = kept[region.index].to(wide).sub(full).sub_(want)
         found.append(
-            Measures(
-                changed=_count_changed(base.to(kept.dtype), stored),
-                total=base.numel(),
+            count._replace(
+                measured=count.total,
                 base=_square(full),
                 own=own,
                 wanted=own if len(deltas) == 1 else _square(want),
@@ -361,17 +386,37 @@ def _square(tensor: Tensor) -> float:
     return math.fsum(float(torch.dot(part, part)) for part in parts)
 
 
+def _bits(tensor: Tensor) -> NDArray[Any]:
+    """The elements as whole numbers, for NumPy, which is the quicker at comparing them."""
+    import torch
+
+    kinds = (torch.int8, torch.int16, torch.int32, torch.int64)
+    return tensor.view(kinds[tensor.itemsize.bit_length() - 1]).numpy()
+
+
 def _count_changed(before: Tensor, after: Tensor) -> int:
-    """Elements of other bits, where -0 is 0. By NumPy, which is the quicker at it."""
+    """Elements of other bits, where -0 is 0."""
+    import numpy as np
+
+    a, b = _bits(before), _bits(after)
+    differs = a != b
+    count = int(np.count_nonzero(differs))
+    if count and not (a & np.iinfo(a.dtype).max).min():  # of zeros, the sign may have changed
+        sign = np.iinfo(a.dtype).min
+        count -= int(np.count_nonzero(differs & ((a | b) == sign)))
+    return count
+
+
+def _may_overflow(tensor: Tensor) -> bool:
+    """Some element is infinite or NaN, or the dtype has no infinity to tell it by; in one pass."""
     import numpy as np
     import torch
 
-    kind = (torch.int8, torch.int16, torch.int32, torch.int64)[before.itemsize.bit_length() - 1]
-    a, b = before.view(kind).numpy(), after.view(kind).numpy()
-    differs = a != b
-    zeros = np.bitwise_or(a, b) == np.iinfo(a.dtype).min  # both are zero, and one of them is -0
-    count = np.count_nonzero(differs)
-    return int(count - np.count_nonzero(differs & zeros) if zeros.any() else count)
+    bits = _bits(tensor)
+    infinite = torch.tensor(math.inf).to(tensor.dtype)
+    if not infinite.isinf() or not bits.size:
+        return True
+    return bool((bits & np.iinfo(bits.dtype).max).max() >= _bits(infinite))
 
 
 def _is_finite(tensor: Tensor) -> bool:
