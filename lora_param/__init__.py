@@ -20,35 +20,38 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_param.adapter import Adapter as Adapter
-    from lora_param.api import apply_checkpoint as apply_checkpoint
     from lora_param.api import disable as disable
     from lora_param.api import enable as enable
     from lora_param.api import load as load
     from lora_param.api import plan as plan
     from lora_param.api import save as save
+    from lora_param.api import save_pretrained as save_pretrained
     from lora_param.api import stats as stats
+    from lora_param.api_files import apply_checkpoint as apply_checkpoint
+    from lora_param.api_files import bake_checkpoint as bake_checkpoint
     from lora_param.checkpoint.bake import BakeReport as BakeReport
+    from lora_param.consumers.check import check as check
+    from lora_param.consumers.verdict import Verdict as Verdict
     from lora_param.errors import LoraParamError as LoraParamError
     from lora_param.errors import UserError as UserError
     from lora_param.formats import read_adapter as read_adapter
     from lora_param.formats import write_adapter as write_adapter
-    from lora_param.formats.bake import bake_checkpoint as bake_checkpoint
     from lora_param.model.adapters import apply as apply
     from lora_param.model.adapters import attach as attach
     from lora_param.model.adapters import param_groups as param_groups
     from lora_param.model.adapters import parameters as parameters
     from lora_param.model.adapters import remove as remove
     from lora_param.model.baking import bake as bake
-    from lora_param.model.cache import cached as cached
     from lora_param.model.lora import LoRA as LoRA
     from lora_param.model.record import get_adapter as get_adapter
     from lora_param.model.state import base_state_dict as base_state_dict
     from lora_param.model.state import merged_state_dict as merged_state_dict
+    from lora_param.model.switching import cached as cached
     from lora_param.model.switching import disabled as disabled
     from lora_param.model.switching import set_scale as set_scale
-    from lora_param.report.rows import Stats as Stats
-    from lora_param.report.verification import Verification as Verification
+    from lora_param.report.stats import Stats as Stats
     from lora_param.targets.plan import Plan as Plan
+    from lora_param.verification import Verification as Verification
     from lora_param.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -59,16 +62,18 @@ _HOMES = {
     "LoRA": "model.lora",
     "LoraParamError": "errors",
     "Plan": "targets.plan",
-    "Stats": "report.rows",
+    "Stats": "report.stats",
     "UserError": "errors",
-    "Verification": "report.verification",
+    "Verdict": "consumers.verdict",
+    "Verification": "verification",
     "apply": "model.adapters",
-    "apply_checkpoint": "api",
+    "apply_checkpoint": "api_files",
     "attach": "model.adapters",
     "bake": "model.baking",
-    "bake_checkpoint": "formats.bake",
+    "bake_checkpoint": "api_files",
     "base_state_dict": "model.state",
-    "cached": "model.cache",
+    "cached": "model.switching",
+    "check": "consumers.check",
     "disable": "api",
     "disabled": "model.switching",
     "enable": "api",
@@ -81,6 +86,7 @@ _HOMES = {
     "read_adapter": "formats",
     "remove": "model.adapters",
     "save": "api",
+    "save_pretrained": "api",
     "set_scale": "model.switching",
     "stats": "api",
     "verify": "verification",

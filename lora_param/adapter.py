@@ -72,6 +72,7 @@ class Adapter:
         base: fingerprint of each targeted weight, by weight name.
         name: its name on a model.
         source: where it came from, for messages.
+        extra: by format, what its file says beside this, for that format to write again.
     """
 
     targets: dict[str, AdapterTarget]
@@ -79,6 +80,7 @@ class Adapter:
     base: dict[str, BaseWeight] = field(repr=False, default_factory=dict)
     name: str = "default"
     source: str = "the adapter"
+    extra: Mapping[str, Mapping[str, Any]] = field(repr=False, default_factory=dict)
 
     def factors(self, key: str) -> dict[str, Tensor]:
         """The tensors of one target, by their short names."""

@@ -1,5 +1,5 @@
 """The verbs over more than one wing: `plan`, `stats`, `enable`, `disable` take a live model or a
-path, `save`, `load` and `apply_checkpoint` stand between an adapter and its file.
+path, `save` and `load` stand between an adapter on a model and its file.
 
 What works on a live model alone is in `model/`, what works on files alone in `checkpoint/` and
 `formats/`. Nothing here imports torch: only a live model brings it, and then it is imported. Half
@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from lora_param.adapter import Adapter, check_name
-from lora_param.checkpoint.create import create_adapter
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.errors import OptionError, OutputError
-from lora_param.files.writer import check_output
+from lora_param.errors import NoAdapterError, OptionError, OutputError
 from lora_param.formats import (
-    check_adapter_name,
     is_adapter,
     read_adapter,
     toggle_file,
@@ -28,9 +26,10 @@ from lora_param.formats import (
 )
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
-from lora_param.report.rows import Stats
+from lora_param.report.stats import Stats
+from lora_param.targets.options import read_options, takes_settings
 from lora_param.targets.plan import Plan, Tied, make_plan
-from lora_param.targets.settings import Settings
+from lora_param.targets.settings import SettingsOptions
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
@@ -38,42 +37,39 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=nn.Module)
 
-__all__ = ["disable", "enable", "load", "plan", "save", "stats"]
+__all__ = ["disable", "enable", "load", "plan", "save", "save_pretrained", "stats"]
 
 PathLike = str | os.PathLike[str]
 Patterns = str | Iterable[str]
 
 
+@takes_settings
 def plan(
     model_or_shapes: nn.Module | PathLike | Mapping[str, Sequence[int] | Weight],
     targets: Patterns = "all-linear",
     *,
     exclude: Patterns = (),
-    rank: int = 8,
-    alpha: float = 16.0,
-    scaling: str = "standard",
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    variant: str = "lora",
     tied: Tied = "error",
     key: str | None = None,
+    **options: Unpack[SettingsOptions],
 ) -> Plan:
     """What `apply` would do, without doing it: targets, ranks, scales, counts per pattern, cost.
 
     Args:
         model_or_shapes: a live model, a checkpoint's path, or names and shapes.
         key: which nested state dict of a pickled checkpoint.
-        targets, exclude, rank, alpha, scaling, dropout, init, variant, tied: as for `apply`.
+        targets, exclude, tied: as for `apply`.
+        **options: the settings of what the patterns do not set.
 
     Raises:
-        TargetError, OptionError: as for `apply`.
+        TargetError, OptionError, UnknownOptionError: as for `apply`.
 
     Example:
         >>> p = plan({"fc1.weight": (1000, 784), "fc2.weight": (10, 1000)}, ["fc1"], rank=1)
         >>> p.trainable, [c.matched for c in p.counts]
         (1784, [1])
     """
-    settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
+    settings = read_options(plan, options)
     weights: Mapping[str, Sequence[int] | Weight]
     buffers: Iterable[Weight] = ()
     if isinstance(model_or_shapes, Mapping):
@@ -86,68 +82,6 @@ def plan(
     return make_plan(
         weights, targets, exclude=exclude, settings=settings, tied=tied, buffers=buffers
     )
-
-
-def apply_checkpoint(
-    base: PathLike,
-    targets: Patterns,
-    out: PathLike,
-    *,
-    exclude: Patterns = (),
-    rank: int = 8,
-    alpha: float = 16.0,
-    scaling: str = "standard",
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    variant: str = "lora",
-    tied: Tied = "error",
-    adapter: str = "default",
-    seed: int | None = None,
-    key: str | None = None,
-    force: bool = False,
-    sync: bool = True,
-) -> Plan:
-    """Register LoRA on weights of a checkpoint, without the model's code: write a fresh adapter.
-
-    Args:
-        base: a checkpoint's file or directory, or `python:package.module:callable`.
-        targets, exclude, rank, alpha, scaling, dropout, init, variant, tied: as for `apply`.
-        out: the adapter file to write.
-        adapter: its name.
-        seed: makes the factors, and so the file, repeatable.
-        key: which nested state dict of a pickled checkpoint.
-        force: replace a file that exists.
-        sync: have the data on the disk before the name shows them.
-
-    Returns:
-        The plan that was carried out.
-
-    Raises:
-        TargetError, OptionError: as for `apply`.
-        FileError: the checkpoint cannot be read, or the adapter not be written.
-    """
-    check_name(adapter)
-    check_adapter_name(Path(out))
-    if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
-        raise OutputError(out, "it is the checkpoint itself")
-    check_output(out, force=force)
-    done, record = create_adapter(
-        base,
-        targets,
-        exclude=exclude,
-        rank=rank,
-        alpha=alpha,
-        scaling=scaling,
-        dropout=dropout,
-        init=init,
-        variant=variant,
-        tied=tied,
-        seed=seed,
-        key=key,
-        name=adapter,
-    )
-    write_adapter(record, out, force=force, sync=sync)
-    return done
 
 
 def stats(
@@ -190,11 +124,17 @@ def stats(
         record = read_adapter(path)
         notes = _notes(record)
         return collect(
-            None, [record], source=str(path), notes=notes, measured=norms, progress=progress
+            None,
+            [record],
+            source=str(path),
+            name=_name(path),
+            notes=notes,
+            measured=norms,
+            progress=progress,
         )
     with open_checkpoint(path, key) as checkpoint:
         if adapter is None:
-            return collect(checkpoint.weights, [], source=str(path))
+            return collect(checkpoint.weights, [], source=str(path), name=_name(path))
         record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
         check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
         return collect(
@@ -202,10 +142,22 @@ def stats(
             [record],
             checkpoint.array if norms else None,
             source=f"{path} with {record.source}",
+            name=_name(path),
             notes=_notes(record),
             measured=norms,
             progress=progress,
         )
+
+
+_SAY_NOTHING = ("model", "pytorch_model", "adapter", "adapter_model", "checkpoint", "weights")
+
+
+def _name(path: PathLike) -> str:
+    """What to call a file or directory: its name, with the directory's before one like `model`."""
+    last = Path(path).absolute()
+    if str(path).startswith("python:"):
+        return str(path)
+    return "/".join(last.parts[-2:]) if last.stem in _SAY_NOTHING else last.name
 
 
 def _notes(record: Adapter) -> list[str]:
@@ -223,11 +175,13 @@ def _live_stats(model: nn.Module, adapter: object, norms: bool, progress: Progre
     on_meta = any(p.is_meta for p in model.parameters())
     factors = {id(p) for p in parameters(model)} if names else set()
     tensors = dict(model.named_parameters())
+    kind = type(model).__name__.removeprefix("Parametrized")
     return collect(
         weights_of(model),
         records,
         _live_array(model) if norms and not on_meta else None,
-        source=type(model).__name__.removeprefix("Parametrized"),
+        source=kind,
+        name=kind,
         unfrozen=sum(
             p.numel() for p in tensors.values() if p.requires_grad and id(p) not in factors
         ),
@@ -322,6 +276,66 @@ def save(
 
     write_adapter(get_adapter(model, adapter), path, format)
     return Path(path)
+
+
+def save_pretrained(
+    model: nn.Module, directory: PathLike, merged: bool = True, **more: Any
+) -> Path:
+    """Write what transformers' `from_pretrained(directory)` loads as a plain model.
+
+    Names on disk, configs and tied weights are those that the model's own `save_pretrained`
+    writes. It is called with the state dict of the choice:
+
+    - merged: W + ΔW of all enabled updates.
+    - not merged: the base, and beside it `adapter.safetensors`, or `adapter-NAME.safetensors` for
+      each where the model has several. `lp.load(type(model).from_pretrained(directory),
+      directory / "adapter.safetensors")` gives the adapted model again.
+
+    Args:
+        model: an adapted transformers model.
+        directory: where to write; what is there under the same names is replaced.
+        merged: write W + ΔW, or base and adapters.
+        more: for the model's own `save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        NoAdapterError: nothing is adapted.
+        NotPretrainedError: the model has no such `save_pretrained`.
+        NonFiniteError: a factor, or a merged weight, is NaN or infinite; nothing is written.
+        ModelError: another parametrization stands on an adapted weight.
+        OutputError: the directory is a file, or cannot be written.
+    """
+    from lora_param.model.baking import check_finite
+    from lora_param.model.pretrained import check_pretrained, untied_as_saved
+    from lora_param.model.record import get_adapter
+    from lora_param.model.sites import adapter_names, by_weight, sites, unwrapped
+    from lora_param.model.state import base_state_dict, check_chains, merged_state_dict
+
+    inner, directory = unwrapped(model), Path(directory)
+    check_pretrained(inner)
+    names = adapter_names(inner)
+    if not names:
+        raise NoAdapterError(None, [])
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(directory, "it is a file, not a directory")
+    check_chains(sites(inner), chain=False)
+    check_finite(by_weight(sites(inner)))
+    state = merged_state_dict(inner) if merged else base_state_dict(inner)
+    files = {} if merged else {_adapter_file(name, len(names)): name for name in names}
+    records = {file: get_adapter(inner, name) for file, name in files.items()}
+    try:
+        with untied_as_saved(inner) if merged else nullcontext():
+            cast(Any, inner).save_pretrained(directory, state_dict=state, **more)
+    except OSError as error:
+        raise OutputError(directory, str(error)) from error
+    for file, record in records.items():
+        write_adapter(record, directory / file)
+    return directory
+
+
+def _adapter_file(name: str, of: int) -> str:
+    if of > 1 and os.path.basename(name) != name:  # noqa: PTH119  nothing but the text is looked at
+        raise OptionError("adapter", name, "a name that can be part of a file's, where several are")
+    return "adapter.safetensors" if of == 1 else f"adapter-{name}.safetensors"
 
 
 def load(

@@ -3,6 +3,7 @@
     LoraParamError
     ├── UserError                     something the caller can put right
     │   ├── OptionError               a setting outside its accepted values
+    │   ├── UnknownOptionError        a keyword that is none of a function's
     │   ├── TargetError               choosing weights
     │   │   ├── PatternError          a pattern that cannot be read
     │   │   ├── NoMatchError          a pattern that matches nothing
@@ -13,15 +14,24 @@
     │   │   └── TiedWeightsError      one side of a tied pair
     │   ├── ModelError                a live model in the wrong state
     │   │   ├── ComputedWeightError   writing into a weight that is computed
+    │   │   ├── ChainError            another parametrization stands on an adapted weight
+    │   │   ├── DependentUpdateError  baking one adapter would change what another adds
+    │   │   ├── DuplicateTargetError  two LoRAs of one adapter on the same part of a weight
     │   │   ├── WrappedModelError     attaching behind a distributed wrapper
+    │   │   ├── ResizeError           new rows for an adapted embedding
+    │   │   ├── RetieError            tying weights of which one side is adapted
+    │   │   ├── NotPretrainedError    a model that transformers could not load again
     │   │   └── VerificationError     an adapter that does not train as it should
     │   ├── AdapterError              an adapter, or its fit to a base
     │   │   ├── NoAdapterError        no adapter of that name
     │   │   ├── AdapterExistsError    a second adapter of the same name
     │   │   ├── MismatchError         names or shapes that differ: both sides listed
+    │   │   ├── LayoutError           a target without a form in the base's layout
     │   │   ├── FingerprintError      same names and shapes, another base
+    │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
+    │   ├── NameRuleError             a line that is no rule between names
     │   ├── MissingPackageError       a package that only this needs
     │   └── FileError                 reading or writing
     │       ├── MissingFileError
@@ -43,28 +53,38 @@ __all__ = [
     "AdapterError",
     "AdapterExistsError",
     "BrokenFileError",
+    "ChainError",
     "ComputedWeightError",
+    "DependentUpdateError",
+    "DuplicateTargetError",
     "FileError",
     "FingerprintError",
     "InternalError",
+    "LayoutError",
     "LoraParamError",
     "MismatchError",
     "MissingFileError",
     "MissingPackageError",
     "ModelError",
+    "NameRuleError",
     "NoAdapterError",
     "NoMatchError",
     "NonFiniteError",
     "NoneSuitableError",
+    "NotPretrainedError",
     "OptionError",
     "OutputError",
     "OverlapError",
     "PatternError",
+    "ResizeError",
+    "ResumeError",
+    "RetieError",
     "SliceError",
     "TargetError",
     "TiedWeightsError",
     "UnchangedError",
     "UnknownFileError",
+    "UnknownOptionError",
     "UnsafePickleError",
     "UnsuitableWeightError",
     "UserError",
@@ -102,12 +122,34 @@ class OptionError(UserError, ValueError):
         super().__init__(f"{option} is {found!r}; accepted: {accepted}.")
 
 
+class UnknownOptionError(UserError, TypeError):
+    """A keyword that is none of a function's."""
+
+    def __init__(
+        self, function: str, found: str, nearest: Sequence[str], known: Sequence[str]
+    ) -> None:
+        hint = f"did you mean {nearest[0]}?" if nearest else f"it has {listed(known, len(known))}."
+        super().__init__(f"{function} has no option {found!r}; {hint}")
+
+
 class MissingPackageError(UserError, ImportError):
     """A package is not installed that only what was asked for needs."""
 
     def __init__(self, what: str, package: str, install: str) -> None:
         super().__init__(
             f"{what} needs {package}, which is not installed: pip install '{install}'."
+        )
+
+
+class NameRuleError(UserError, ValueError):
+    """A file of rules between names that cannot be read."""
+
+    def __init__(self, source: str, number: int | None, line: str, why: str) -> None:
+        where = source if number is None else f"line {number} of {source}"
+        shown = f" {line.strip()!r}" if line.strip() else ""
+        super().__init__(
+            f"{where} cannot be read as rules between names: {why}.{shown} "
+            f"A rule is e.g. '*.qkv_proj.weight = *.q_proj.weight | *.k_proj.weight'."
         )
 
 
@@ -199,14 +241,59 @@ class ModelError(UserError, RuntimeError):
     """A live model in the wrong state for what was asked."""
 
 
-class ComputedWeightError(ModelError):
-    """Writing into a weight that is computed from base and factors."""
+class ComputedWeightError(ModelError, NotImplementedError):
+    """Writing into a weight that is computed from base and factors.
+
+    To torch, which asks parametrizations for an inverse, it says that there is none.
+    """
 
     def __init__(self, operation: str) -> None:
         super().__init__(
             f"{operation} writes into an adapted weight, which is computed as W + scale·(B @ A): "
             "the change would be lost. Write to the base (module.parametrizations.<name>.original) "
             "or to the factors, or call lora_param.bake(model) or lora_param.remove(model) first."
+        )
+
+
+class ChainError(ModelError):
+    """Another parametrization stands on an adapted weight, so that W + ΔW has no place of its own.
+
+    Args:
+        name: the weight.
+        others: classes of the other parametrizations.
+        kept: adapters on it that were to stay.
+    """
+
+    def __init__(self, name: str, others: Sequence[str], kept: Sequence[str] = ()) -> None:
+        what = f"{name} carries another parametrization besides LoRA ({listed(others)})"
+        super().__init__(
+            f"{what}: its chain becomes one plain weight as a whole, with {listed(kept)}, which "
+            f"was to stay. Bake all adapters at once (adapter=None)."
+            if kept
+            else f"{what}, through which W + ΔW cannot be written. Remove that one first, or make "
+            f"the whole chain one plain weight: bake(model, chain=True)."
+        )
+
+
+class DependentUpdateError(ModelError):
+    """Baking one adapter would change what another adds, and so the output."""
+
+    def __init__(self, key: str, baked: Sequence[str], kept: str, variant: str) -> None:
+        super().__init__(
+            f"{key}: baking {listed(baked)} alone would change what {kept!r} adds, since the "
+            f"update of {variant} depends on the weight that it stands on, and with it the output. "
+            f"Bake all adapters at once (adapter=None), or remove one of the two. "
+            f"Nothing was written."
+        )
+
+
+class DuplicateTargetError(ModelError):
+    """Two LoRAs of one adapter on the same part of a weight, registered by hand."""
+
+    def __init__(self, key: str, adapter: str) -> None:
+        super().__init__(
+            f"two LoRAs of the adapter {adapter!r} stand on {key}, and an adapter holds one: give "
+            f"each a name of its own, LoRA(..., adapter=...)."
         )
 
 
@@ -217,6 +304,39 @@ class WrappedModelError(ModelError):
         super().__init__(
             f"the model is already wrapped by {wrapper}, which would not see the new factors. "
             f"Apply LoRA first, then wrap."
+        )
+
+
+class ResizeError(ModelError):
+    """New rows for an embedding whose factors would not fit them."""
+
+    def __init__(self, names: Sequence[str], rows: int, wanted: int) -> None:
+        super().__init__(
+            f"{listed(names)} is adapted, and resizing it from {rows} to {wanted} rows would leave "
+            f"its factors behind; nothing was changed. Resize before lora_param.apply(model), or "
+            f"call lora_param.bake(model) or lora_param.remove(model) first."
+        )
+
+
+class RetieError(ModelError):
+    """Tying two weights of which only one carries these factors."""
+
+    def __init__(self, target: str, source: str) -> None:
+        super().__init__(
+            f"{target} cannot be tied to {source}: they are adapted apart from each other. Apply "
+            f"with tied='together', or call lora_param.bake(model) or lora_param.remove(model) "
+            f"first."
+        )
+
+
+class NotPretrainedError(ModelError):
+    """A model that has no save_pretrained that takes a state dict."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"{model} has no save_pretrained(directory, state_dict=...) as transformers' models "
+            f"have. Write lora_param.merged_state_dict(model) yourself, or save a baked copy: "
+            f"lora_param.bake(copy.deepcopy(model))."
         )
 
 
@@ -295,6 +415,14 @@ class MismatchError(AdapterError):
         return self
 
 
+class LayoutError(AdapterError):
+    """A target that the base holds in another layout, in which it has no form."""
+
+    def __init__(self, adapter: str, key: str, why: str) -> None:
+        super().__init__(f"{adapter} cannot be written for this base: {key} is {why}.")
+        self.key = key
+
+
 class FingerprintError(AdapterError):
     """Same names and shapes, but another base than the adapter was made on."""
 
@@ -303,6 +431,17 @@ class FingerprintError(AdapterError):
             f"{adapter} was made on another base than {base}: the fingerprint differs for "
             f"{listed(differing)}. Give the base it was made on, or override the check with "
             f"check_fingerprint=False (--ignore-fingerprint)."
+        )
+
+
+class ResumeError(AdapterError):
+    """A training state of another base than the model has."""
+
+    def __init__(self, name: str, here: str, there: str) -> None:
+        super().__init__(
+            f"the state dict goes on from another base: the frozen weight of {name} has the "
+            f"fingerprint {there!r} there and {here!r} here. Load the base that it was trained on, "
+            f"apply the adapter, then resume."
         )
 
 

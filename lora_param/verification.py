@@ -1,14 +1,15 @@
-"""`verify`: does an adapter on a model train as LoRA should?"""
+"""`verify`: does an adapter on a model train as LoRA should? The checks, and what they found."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from lora_param.errors import OptionError
+from lora_param.errors import OptionError, VerificationError
+from lora_param.printing import Printed
 from lora_param.report import figures
-from lora_param.report.verification import Check, Verification
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,7 +17,93 @@ if TYPE_CHECKING:
     from lora_param.model.sites import Patterns
     from lora_param.model.trial import Trial
 
-__all__ = ["verify"]
+__all__ = ["Check", "Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: "share", "frozen", "gradients", "loss", "unchanged" or "disabled".
+        found: what was seen, in words.
+        expected: what should have been.
+        passed: they agree.
+        failed: name of what failed → why, where it can be named.
+    """
+
+    name: str
+    found: str
+    expected: str
+    passed: bool
+    failed: dict[str, str]
+
+    def to_dict(self) -> dict[str, object]:
+        """The check as plain data, for JSON."""
+        return {
+            "name": self.name,
+            "found": self.found,
+            "expected": self.expected,
+            "passed": self.passed,
+            "failed": dict(self.failed),
+        }
+
+
+@dataclass(frozen=True)
+class Verification(Printed):
+    """What `verify` found. Prints itself; `to_dict` gives it as data.
+
+    Attributes:
+        checks: each of them, passed or not.
+        losses: before the first step of the trial, and after each.
+        percent: elements that train, in percent of the base parameters.
+        source: what was looked at, to show above.
+
+    Example:
+        >>> share = Check("share", "12 %", "at most 10 %", False, {})
+        >>> verification = Verification((share,), (2.0, 1.5), 12.0)
+        >>> verification.passed, [check.name for check in verification.failures]
+        (False, ['share'])
+    """
+
+    checks: tuple[Check, ...]
+    losses: tuple[float, ...] = ()
+    percent: float = 0.0
+    source: str = ""
+    view: ClassVar[str] = "verification_view"
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def passed(self) -> bool:
+        """All of them passed."""
+        return not self.failures
+
+    def __getitem__(self, name: str) -> Check:
+        return {check.name: check for check in self.checks}[name]
+
+    def raise_for_failure(self) -> None:
+        """Nothing where all passed.
+
+        Raises:
+            VerificationError: one did not; its message names what failed.
+        """
+        if not self.passed:
+            failures = {c.name: (c.found, c.expected, tuple(c.failed)) for c in self.failures}
+            raise VerificationError(failures, len(self.checks))
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it as plain data, for JSON, which has no NaN: such a loss is null."""
+        return {
+            "source": self.source,
+            "passed": self.passed,
+            "percent": self.percent,
+            "losses": [v if math.isfinite(v) else None for v in self.losses],
+            "checks": [check.to_dict() for check in self.checks],
+        }
 
 
 def verify(

@@ -13,9 +13,11 @@ import lora_param
 ROOT = Path(lora_param.__file__).parent
 ORDER = [
     "errors",
+    "printing",
     "targets.regions",
     "targets.weights",
     "targets.settings",
+    "targets.options",
     "targets.patterns",
     "targets.matching",
     "targets.selection",
@@ -24,27 +26,38 @@ ORDER = [
     "files",
     "weight",
     "adapter",
+    "names",
     "model.weights",
     "model.lora",
     "model.cache",
     "model.attach",
     "model.sites",
-    "model.record",
-    "model.adapters",
     "model.switching",
     "model.state",
+    "model.pretrained",
+    "model.record",
+    "model.adapters",
     "model.baking",
     "model.snapshot",
     "model.trial",
     "checkpoint",
     "formats",
-    "report",
+    "consumers",
+    "report.figures",
     "verification",
+    "report",
+    "api_files",
     "api",
     "demo",
     "cli",
     "__main__",
 ]
+PACKAGES = (
+    "",
+    "targets",
+    "model",
+    "report",
+)  # docstrings; their files are listed
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -79,10 +92,10 @@ def floor(module: str) -> int:
     return next(i for i, o in enumerate(ORDER) if module == o or module.startswith(f"{o}."))
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("", "targets", "model")])
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in PACKAGES])
 def test_a_file_imports_only_from_above(module: str) -> None:
     for other in inner_imports(MODULES[module]):
-        if other in ("targets", "model"):
+        if other in PACKAGES:
             continue
         assert floor(other) <= floor(module), f"{module} imports {other}, which is below it"
         # checkpoint.module is the one checkpoint that is a live model, and lists its weights
@@ -110,8 +123,9 @@ def test_there_is_no_import_cycle() -> None:
     [
         ("typer", ("cli",)),
         ("click", ("cli",)),
-        ("rich", ("cli", "report", "demo")),
-        ("matplotlib", ("report.drawing", "report.vector")),
+        ("rich", ("cli", "report", "demo", "printing")),
+        ("matplotlib", ("report.page",)),
+        ("jinja2", ("report.page",)),
         ("torch.nn.utils.parametrize", ("model.attach",)),
         ("safetensors", ("files",)),
     ],
@@ -141,6 +155,7 @@ def test_the_public_names_are_these() -> None:
         "Plan",
         "Stats",
         "UserError",
+        "Verdict",
         "Verification",
         "__version__",
         "apply",
@@ -149,6 +164,7 @@ def test_the_public_names_are_these() -> None:
         "bake",
         "bake_checkpoint",
         "cached",
+        "check",
         "base_state_dict",
         "disable",
         "disabled",
@@ -162,6 +178,7 @@ def test_the_public_names_are_these() -> None:
         "read_adapter",
         "remove",
         "save",
+        "save_pretrained",
         "set_scale",
         "stats",
         "verify",

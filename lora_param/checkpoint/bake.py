@@ -13,22 +13,23 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
 from lora_param.checkpoint.open import open_checkpoint
+from lora_param.checkpoint.reread import verify_directory, verify_file
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
-from lora_param.checkpoint.verify import verify_directory, verify_file
 from lora_param.errors import FileError, OptionError, OutputError, UnchangedError
 from lora_param.files.writer import check_output, replace_directory, replace_file
+from lora_param.printing import Printed
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BakeReport", "bake_adapters", "parse_dtype"]
+__all__ = ["BakeOptions", "BakeReport", "bake_adapters", "parse_dtype"]
 
 Path_ = str | os.PathLike[str]
 Report = Callable[[int, int, str], None]
@@ -48,8 +49,8 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 @dataclass(frozen=True)
-class BakeReport:
-    """What a bake did.
+class BakeReport(Printed):
+    """What a bake did. Prints itself; `to_dict` gives it as data.
 
     Attributes:
         path: where the result is.
@@ -73,6 +74,7 @@ class BakeReport:
     key: str = ""
     verified: bool = False
     notes: tuple[str, ...] = ()
+    view: ClassVar[str] = "bake_view"
 
     @property
     def baked(self) -> tuple[str, ...]:
@@ -106,6 +108,10 @@ class BakeReport:
             "notes": list(self.notes),
         }
 
+    def __repr__(self) -> str:
+        total = len(self.rows) + len(self.disabled)
+        return f"<BakeReport: {len(self.rows)} of {total} targets, {str(self.path)!r}>"
+
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A floating dtype from torch's or a short name of it.
@@ -124,29 +130,11 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return parsed
 
 
-def bake_adapters(
-    base: Path_,
-    adapters: Sequence[tuple[Adapter, float]],
-    out: Path_ | None = None,
-    *,
-    dtype: torch.dtype | str | None = None,
-    key: str | None = None,
-    check_fingerprint: bool = True,
-    in_place: bool = False,
-    force: bool = False,
-    sync: bool = True,
-    verify: bool = False,
-    require_change: bool = False,
-    progress: Report | None = None,
-) -> BakeReport:
-    """Bake adapters into a checkpoint; `lora_param.bake_checkpoint` takes their paths as well.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BakeOptions:
+    """How to bake.
 
-    Args:
-        base: a checkpoint of any kind that `open_checkpoint` takes.
-        adapters: each with what its update is multiplied by. Updates of one weight are added in
-            fp32 and rounded once.
-        out: where the result goes: a file for a file, a directory for a directory. Names, shapes
-            and other files are the base's.
+    Attributes:
         dtype: store floating tensors in this dtype; by default in their own.
         key: dotted name of the nested state dict in a pickle.
         check_fingerprint: refuse a base with other values than the adapter was made on.
@@ -157,31 +145,51 @@ def bake_adapters(
         require_change: refuse to write a result in which no element is changed although targets
             are enabled: their updates are zero, or too small for the stored dtype.
         progress: called with bytes done, bytes in all, and the name of what was done.
+    """
+
+    dtype: torch.dtype | str | None = None
+    key: str | None = None
+    check_fingerprint: bool = True
+    in_place: bool = False
+    force: bool = False
+    sync: bool = True
+    verify: bool = False
+    require_change: bool = False
+    progress: Report | None = None
+
+
+def bake_adapters(
+    base: Path_,
+    adapters: Sequence[tuple[Adapter, float]],
+    out: Path_ | None = None,
+    options: BakeOptions = BakeOptions(),
+) -> BakeReport:
+    """Bake adapters into a checkpoint; `lora_param.bake_checkpoint` takes their paths as well.
+
+    Args:
+        base: a checkpoint of any kind that `open_checkpoint` takes.
+        adapters: each with what its update is multiplied by. Updates of one weight are added in
+            fp32 and rounded once.
+        out: where the result goes: a file for a file, a directory for a directory. Names, shapes
+            and other files are the base's.
+        options: how.
 
     Raises:
-        UnchangedError: see `require_change`.
+        UnchangedError: see `BakeOptions.require_change`.
         AdapterError: an adapter does not fit, or holds values that are not finite.
         FileError: something cannot be read, or the output cannot or must not be written.
         OptionError: a setting outside its accepted values.
     """
-    target_dtype = parse_dtype(dtype)
+    dtype = parse_dtype(options.dtype)
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
-    with closing(open_checkpoint(base, key)) as checkpoint:
-        place = _place(checkpoint, base, out, in_place)
-        _check_place(checkpoint, adapters, place, in_place=in_place, force=force)
+    with closing(open_checkpoint(base, options.key)) as checkpoint:
+        place = _place(checkpoint, base, out, options.in_place)
+        _check_place(checkpoint, adapters, place, options)
         merging = plan_merging(
-            checkpoint, adapters, dtype=target_dtype, check_fingerprint=check_fingerprint
+            checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
         )
-        files, size = _write(
-            merging,
-            place,
-            force=force or in_place,
-            sync=sync,
-            verify=verify,
-            require_change=require_change,
-            progress=progress,
-        )
+        files, size = _write(merging, place, options)
         found = merging.rows()
         rows = list(found.values())
         dead = [
@@ -198,7 +206,7 @@ def bake_adapters(
             tuple(files),
             size,
             checkpoint.key,
-            verify,
+            options.verify,
             tuple(_notes(checkpoint, rows)),
         )
 
@@ -226,12 +234,10 @@ def _check_place(
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     place: Path,
-    *,
-    in_place: bool,
-    force: bool,
+    options: BakeOptions,
 ) -> None:
-    directory = isinstance(checkpoint, DirectoryCheckpoint)
-    real = check_output(place, force=force or in_place, directory=directory)
+    in_place, directory = options.in_place, isinstance(checkpoint, DirectoryCheckpoint)
+    real = check_output(place, force=options.force or in_place, directory=directory)
     for adapter, _ in adapters:
         source = Path(os.path.realpath(adapter.source))  # of one in memory, no path at all
         gone = source == real or (directory and not in_place and real in source.parents)
@@ -270,23 +276,15 @@ def _check_replaceable(directory: Path) -> None:
         ) from None
 
 
-def _write(
-    merging: Merging,
-    place: Path,
-    *,
-    force: bool,
-    sync: bool,
-    verify: bool,
-    require_change: bool,
-    progress: Report | None,
-) -> tuple[list[str], int]:
+def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[str], int]:
     """Write the result; its files' names and their size together."""
-    merging.exact = verify
+    merging.exact = options.verify
     from lora_param.checkpoint.module import ModuleCheckpoint
     from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
 
-    base = merging.base
-    done, total = 0, base.nbytes * (2 if verify else 1)
+    base, progress = merging.base, options.progress
+    force, sync = options.force or options.in_place, options.sync
+    done, total = 0, base.nbytes * (2 if options.verify else 1)
 
     def tick(count: int, name: str) -> None:
         nonlocal done
@@ -297,10 +295,10 @@ def _write(
     if isinstance(base, DirectoryCheckpoint):
         with replace_directory(place, force=force, sync=sync) as temporary:
             files = write_directory(merging, base, temporary, tick)
-            if require_change:
+            if options.require_change:
                 _check_change(merging)
             size = sum((temporary / name).stat().st_size for name in files)
-            if verify:
+            if options.verify:
                 verify_directory(merging, base, temporary, tick)
     else:
         files = [place.name]
@@ -309,11 +307,11 @@ def _write(
                 write_state_dict(merging, base.state_dict, place, file, tick)
             else:
                 write_file(merging, base, file, tick)
-            if require_change:
+            if options.require_change:
                 _check_change(merging)
             file.flush()
             size = os.fstat(file.fileno()).st_size
-            if verify:
+            if options.verify:
                 verify_file(merging, base, Path(file.name), tick, place)
     if progress is not None:
         progress(total, total, place.name)  # a smaller dtype writes less than was announced

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import OptionError
+from lora_param.targets.options import read_options, takes_settings
 from lora_param.targets.plan import Plan, PlannedTarget, Tied, make_plan
-from lora_param.targets.settings import Settings
+from lora_param.targets.settings import SettingsOptions
 
 if TYPE_CHECKING:
     import torch
@@ -20,21 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["create_adapter"]
 
 
+@takes_settings
 def create_adapter(
     base: str | os.PathLike[str],
     targets: str | Iterable[str] = "all-linear",
     *,
     exclude: str | Iterable[str] = (),
-    rank: int = 8,
-    alpha: float = 16.0,
-    scaling: str = "standard",
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    variant: str = "lora",
     tied: Tied = "error",
     seed: int | None = None,
     key: str | None = None,
     name: str = "default",
+    **options: Unpack[SettingsOptions],
 ) -> tuple[Plan, Adapter]:
     """Choose weights of a checkpoint and make fresh factors for them, in memory.
 
@@ -42,16 +39,11 @@ def create_adapter(
         base: a checkpoint of any kind that `open_checkpoint` takes.
         targets: patterns of the target language.
         exclude: patterns that take away.
-        rank: rows of A and columns of B, capped at min(out, in) of each target.
-        alpha: numerator of the scale.
-        scaling: standard (alpha/rank), rslora (alpha/√rank) or constant (alpha).
-        dropout: probability with which an element of the input is dropped before A, in training.
-        init: kaiming, he, normal:STD, orthogonal, pissa or olora.
-        variant: lora or dora.
         tied: what to do about a tensor with several names of which only some are targeted.
         seed: of the factors: the same seed gives the same bytes. None takes torch's generator.
         key: dotted name of the nested state dict in a pickle.
         name: the adapter's name.
+        **options: the settings of what the patterns do not set.
 
     Returns:
         The plan, and an adapter with factors in fp32 (fp64 for fp64 weights) and the fingerprint
@@ -59,7 +51,7 @@ def create_adapter(
 
     Raises:
         TargetError: see `make_plan`.
-        OptionError: a setting outside its accepted values.
+        OptionError, UnknownOptionError: a setting outside its accepted values, or none.
         FileError: the base cannot be read.
 
     >>> plan, adapter = create_adapter("model.safetensors", ["q_proj"])  # doctest: +SKIP
@@ -67,8 +59,8 @@ def create_adapter(
     if seed is not None and not 0 <= seed < 2**64:
         raise OptionError("seed", seed, "a whole number from 0 to 2**64 - 1")
     check_name(name)
+    settings = read_options(create_adapter, options)
     with open_checkpoint(base, key) as checkpoint:
-        settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
         plan = make_plan(checkpoint.weights, targets, exclude=exclude, settings=settings, tied=tied)
         import torch
 

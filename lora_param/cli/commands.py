@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 import lora_param as lp
 from lora_param.cli.terminal import progress_bar, show, show_json
 from lora_param.errors import OptionError
+from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
 
@@ -65,7 +68,30 @@ def root(
     """LoRA for any weight of any PyTorch model or checkpoint."""
 
 
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each setting, where it takes `**options`."""
+    signature = inspect.signature(command, eval_str=True)
+    *own, _ = signature.parameters.values()
+    settings = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=setting.default,
+            annotation=Annotated[
+                setting.kind,
+                typer.Option(*filter(None, [setting.flag, f"--{name}"]), help=setting.help),
+            ],
+        )
+        for name, setting in SETTINGS.items()
+    ]
+    after = next(i for i, p in enumerate(own) if p.name == "exclude") + 1
+    parameters = [*own[:after], *settings, *own[after:]]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command
+
+
 @app.command()
+@_with_settings
 def apply(
     model: Model,
     output: Annotated[
@@ -77,18 +103,6 @@ def apply(
         list[str] | None,
         typer.Option("--exclude", metavar="PATTERN", help="Weights to leave out; repeatable."),
     ] = None,
-    rank: Annotated[
-        int, typer.Option("-r", "--rank", help="Rows of A, columns of B; at most min(out, in).")
-    ] = 8,
-    alpha: Annotated[float, typer.Option("--alpha", help="Strength: scale is alpha/rank.")] = 16.0,
-    scaling: Annotated[
-        str, typer.Option(help="standard (alpha/rank), rslora (alpha/√rank) or constant (alpha).")
-    ] = "standard",
-    init: Annotated[
-        str, typer.Option(help="kaiming, he, normal:STD, orthogonal, pissa or olora.")
-    ] = "kaiming",
-    dropout: Annotated[float, typer.Option(help="Dropout on the input of A in training.")] = 0.0,
-    variant: Annotated[str, typer.Option(help="lora or dora.")] = "lora",
     tied: Annotated[
         str, typer.Option(help="One side of a tied pair: error, together or apart.")
     ] = "error",
@@ -103,6 +117,7 @@ def apply(
     force: Force = False,
     no_sync: NoSync = False,
     json: Json = False,
+    **options: Any,
 ) -> None:
     """Register LoRA on chosen weights: print the plan, write the adapter.
 
@@ -110,20 +125,10 @@ def apply(
     """
     if output is None and not dry_run:
         raise typer.BadParameter("needed, unless --dry-run is given", param_hint="'-o'")
-    settings: dict[str, Any] = {
-        "exclude": exclude or (),
-        "rank": rank,
-        "alpha": alpha,
-        "scaling": scaling,
-        "init": init,
-        "dropout": dropout,
-        "variant": variant,
-        "tied": tied,
-        "key": key,
-    }
+    options |= {"exclude": exclude or (), "tied": tied, "key": key}
     targets = target or "all-linear"
     if dry_run or output is None:
-        plan = lp.plan(model, targets, **settings)
+        plan = lp.plan(model, targets, **options)
     else:
         plan = lp.apply_checkpoint(
             model,
@@ -133,14 +138,12 @@ def apply(
             seed=seed,
             force=force,
             sync=not no_sync,
-            **settings,
+            **options,
         )
     if json:
         show_json({**plan.to_dict(), "output": None if dry_run else str(output)})
         return
-    from lora_param.report.terminal import plan_view
-
-    show(plan_view(plan))
+    show(plan)
     if not dry_run:
         show(f"Wrote {output}.")
 
@@ -178,7 +181,7 @@ def stats(
     Example: lora-param stats model.safetensors adapter.safetensors
     """
     if html is not None:
-        from lora_param.report.html import check_page
+        from lora_param.report.page.document import check_page
 
         check_page(html, force=force)
     with progress_bar("Measuring", quiet=json) as progress:
@@ -290,9 +293,7 @@ def bake(
     if json:
         show_json(report.to_dict())
         return
-    from lora_param.report.terminal import bake_view
-
-    show(bake_view(report))
+    show(report)
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -306,6 +307,47 @@ def _weighted(text: str) -> tuple[str, float]:
         if not Path(path).exists():  # an adapter whose name has an equals sign in it
             return text, 1.0
         raise OptionError(f"the weight of {path}", weight, "a number, as in ADAPTER=0.5") from None
+
+
+@app.command()
+def check(
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="An adapter of any tool.", show_default=False),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Argument(metavar="[BASE]", help="The checkpoint that it is for.", show_default=False),
+    ] = None,
+    consumer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="CONSUMER",
+            help="vllm, sglang, llama.cpp, ollama, peft, transformers, diffusers, comfyui or all; "
+            "with a version, vllm==0.11. Repeatable.",
+        ),
+    ] = None,
+    names: Annotated[
+        Path | None, typer.Option("--names", metavar="FILE", help="Further rules between names.")
+    ] = None,
+    key: Key = None,
+    json: Json = False,
+) -> None:
+    """Say what is wrong with an adapter, and what each server will do with it.
+
+    Exits with 0 if it is accepted, with 1 if somebody refuses it, and with 3 if it loads somewhere
+    and computes something else.
+
+    Example: lora-param check adapter model --for vllm
+    """
+    found = lp.check(adapter, base, consumer or (), names=names, key=key)
+    if json:
+        show_json(found.to_dict())
+    else:
+        show(found)
+    if found.worst != "accepted":
+        raise typer.Exit(1 if found.worst == "refused" else 3)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from lora_param.report.terminal import stats_view
 
 if TYPE_CHECKING:
     from lora_param.demo.training import Accuracy
-    from lora_param.report.data import StatsData
+    from lora_param.report.stats import Stats
 
 __all__ = ["Page", "accuracy_table"]
 
@@ -77,7 +77,7 @@ class Page:
         word, style = ("yes", "bold green") if holds else ("NO ", "bold red")
         self.show(Text().append(word, style).append(f"  {claim}"))
 
-    def show_stats(self, stats: StatsData) -> None:
+    def show_stats(self, stats: Stats) -> None:
         """Print the trainable share and the targets."""
         self.show(stats_view(stats, weights=False))
 

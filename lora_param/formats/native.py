@@ -10,6 +10,12 @@ Tensors are `TARGET.lora_A` and `TARGET.lora_B` (for pissa and olora also `TARGE
      "base": {NAME: {"shape", "dtype", "hash"}}}
 
 `scale` is what multiplies B @ A: that of rank, alpha and scaling, times `strength`.
+
+A field that is missing stands at its default. Settings that came after this list are written where
+they are not at their default, and those of them without which the adapter would mean something else
+are named in `"essential": [FIELD, ...]`, beside `targets`. A field that a version does not know is
+refused if it is named there, and otherwise kept and written again; so are other entries of
+`__metadata__`.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.errors import BrokenFileError, OutputError, UnknownFileError, UserError
@@ -34,31 +40,27 @@ from lora_param.files.safetensors import (
 from lora_param.files.writer import copy_range, replace_file
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats.base import Format
+from lora_param.targets.matching import match_targets
 from lora_param.targets.regions import Target, parse_target, split_slice
-from lora_param.targets.settings import INITIAL, Settings
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora_param.targets.settings import INITIAL, SETTINGS, Settings
 
 __all__ = ["FORMAT", "VERSION", "check_adapter_name", "toggle"]
 
 VERSION = "1"
-_MARK = "lora_param"
-_SETTINGS = {
-    "rank": int,
-    "alpha": float,
-    "scaling": str,
-    "dropout": float,
-    "init": str,
-    "variant": str,
-}
-_OTHERS = {"scale": float, "strength": float, "enabled": bool, "also": list, "apart": list}
-_FIELDS: dict[str, type] = {**_SETTINGS, **_OTHERS}
+_NAME, _MARK = "native", "lora_param"
+_METADATA = {"format", _MARK, "config"}
+_SETTINGS = {name: s for name, s in SETTINGS.items() if s.in_file}
+_FIRST = {"rank", "alpha", "scaling", "dropout", "init", "variant"}  # every reader knows them
+_STATE = {"strength": 1.0, "enabled": True, "also": [], "apart": []}  # with their defaults
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 class _BadConfigError(Exception):
     """What is wrong with the config; the path is added where it is caught."""
+
+
+class _EssentialError(Exception):
+    """The config has a field that is not known and cannot be passed over."""
 
 
 def _recognise(path: Path) -> bool:
@@ -80,6 +82,10 @@ def _read(path: Path) -> Adapter:
         config = json.loads(checkpoint.metadata["config"], object_pairs_hook=_unique)
         adapter = _decode(config, checkpoint, path)
         _check_tensors(adapter, checkpoint.header)
+    except _EssentialError as error:
+        raise UnknownFileError(
+            path, f"an adapter that needs a later version: {error}", "what this version knows"
+        ) from None
     except KeyError as error:
         raise BrokenFileError(path, f"its adapter config lacks {error.args[0]!r}") from None
     except (ValueError, RecursionError, _BadConfigError) as error:
@@ -96,13 +102,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _decode(config: Any, tensors: Mapping[str, Tensor], path: Path) -> Adapter:
-    _only(config, ("name", "targets", "base"), "the config")
-    name = _typed(config["name"], str, "name")
+def _decode(config: Any, tensors: SafetensorsFile, path: Path) -> Adapter:
+    needed = _typed(_typed(config, dict, "the config").get("essential", []), list, "essential")
+    known = ("name", "targets", "base", "essential")
+    extra: dict[str, Any] = {"config": _unknown(config, known, needed, "the config")}
+    extra |= {"targets": {}, "base": {}}
+    name = _typed(config.get("name", "default"), str, "name")
     base: dict[str, BaseWeight] = {}
     for weight, value in _typed(config["base"], dict, "base").items():
         where = f"base of {weight}"
-        _only(value, ("shape", "dtype", "hash"), where)
+        extra["base"][weight] = _unknown(value, ("shape", "dtype", "hash"), needed, where)
         shape = _typed(value["shape"], list, f"shape in {where}")
         if not all(type(size) is int and size > 0 for size in shape):
             raise _BadConfigError(f"shape in {where} is {shape}")
@@ -112,21 +121,23 @@ def _decode(config: Any, tensors: Mapping[str, Tensor], path: Path) -> Adapter:
         base[weight] = BaseWeight(
             tuple(shape), _typed(value["dtype"], str, f"dtype in {where}"), digest
         )
-    targets = {
-        key: _decode_target(key, value, base)
-        for key, value in _typed(config["targets"], dict, "targets").items()
-    }
+    targets = {}
+    for key, value in _typed(config["targets"], dict, "targets").items():
+        extra["targets"][key] = _unknown(value, (*_SETTINGS, *_STATE, "scale"), needed, key)
+        targets[key] = _decode_target(key, value, base)
     if not targets:
         raise _BadConfigError("it has no targets")
-    return Adapter(targets, tensors, base, name, str(path))
+    extra["metadata"] = {k: v for k, v in tensors.metadata.items() if k not in _METADATA}
+    return Adapter(targets, tensors, base, name, str(path), {_NAME: extra})
 
 
 def _decode_target(key: str, value: Any, base: Mapping[str, BaseWeight]) -> AdapterTarget:
-    _only(value, tuple(_FIELDS), key)
-    fields = {n: _typed(value[n], kind, f"{n} of {key}") for n, kind in _FIELDS.items()}
-    settings = Settings(**{n: fields[n] for n in _SETTINGS})
+    settings = Settings(
+        **{n: _typed(value[n], s.kind, f"{n} of {key}") for n, s in _SETTINGS.items() if n in value}
+    )
+    state = {n: _typed(value.get(n, d), type(d), f"{n} of {key}") for n, d in _STATE.items()}
     for n in ("also", "apart"):
-        for other in fields[n]:
+        for other in state[n]:
             _typed(other, str, f"{n} of {key}")
     weight = key if key in base else split_slice(key)[0]
     if weight not in base:
@@ -137,24 +148,25 @@ def _decode_target(key: str, value: Any, base: Mapping[str, BaseWeight]) -> Adap
     decoded = AdapterTarget(
         target,
         settings,
-        fields["strength"],
-        fields["enabled"],
-        tuple(fields["also"]),
-        tuple(fields["apart"]),
+        state["strength"],
+        state["enabled"],
+        tuple(state["also"]),
+        tuple(state["apart"]),
     )
     scale = settings.scale * decoded.strength
-    if not math.isclose(fields["scale"], scale, rel_tol=1e-6):
-        raise _BadConfigError(
-            f"{key} has scale {fields['scale']}, and its other settings give {scale}"
-        )
+    found = _typed(value.get("scale", scale), float, f"scale of {key}")
+    if not math.isclose(found, scale, rel_tol=1e-6):
+        raise _BadConfigError(f"{key} has scale {found}, and its other settings give {scale}")
     return decoded
 
 
-def _only(value: Any, known: Iterable[str], where: str) -> None:
-    _typed(value, dict, where)
-    unknown = [k for k, v in value.items() if k not in set(known) and v is not None]
-    if unknown:
-        raise _BadConfigError(f"{unknown[0]!r} in {where} is not known to this version")
+def _unknown(value: Any, known: Iterable[str], needed: Iterable[str], where: str) -> dict[str, Any]:
+    """The fields that are not known, none of them essential."""
+    unknown = {n: v for n, v in _typed(value, dict, where).items() if n not in set(known)}
+    for name in unknown:
+        if name in needed:
+            raise _EssentialError(f"{name!r} in {where} changes what it means, and is not known")
+    return unknown
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:
@@ -191,11 +203,31 @@ def _check_tensors(adapter: Adapter, header: Header) -> None:
 
 def _encode(adapter: Adapter) -> dict[str, str]:
     """The metadata of an adapter."""
+    extra = {
+        "config": {},
+        "targets": {},
+        "base": {},
+        "metadata": {},
+        **adapter.extra.get(_NAME, {}),
+    }
+    later = {
+        key: {
+            n: value
+            for n, s in _SETTINGS.items()
+            if n not in _FIRST and (value := getattr(t.settings, n)) != s.default
+        }
+        for key, t in adapter.targets.items()
+    }
+    essential = {n for fields in later.values() for n in fields if _SETTINGS[n].essential}
     config = {
+        **extra["config"],
+        **({"essential": sorted(essential)} if essential else {}),
         "name": adapter.name,
         "targets": {
             key: {
-                **{n: getattr(t.settings, n) for n in _SETTINGS},
+                **extra["targets"].get(key, {}),
+                **{n: getattr(t.settings, n) for n in _FIRST},
+                **later[key],
                 "scale": t.scale * t.strength,
                 "strength": t.strength,
                 "enabled": t.enabled,
@@ -205,12 +237,17 @@ def _encode(adapter: Adapter) -> dict[str, str]:
             for key, t in adapter.targets.items()
         },
         "base": {
-            name: {"shape": list(b.shape), "dtype": b.dtype, "hash": b.hash}
+            name: {
+                **extra["base"].get(name, {}),
+                "shape": list(b.shape),
+                "dtype": b.dtype,
+                "hash": b.hash,
+            }
             for name, b in adapter.base.items()
         },
     }
     text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return {"format": "pt", _MARK: VERSION, "config": text}
+    return {**extra["metadata"], "format": "pt", _MARK: VERSION, "config": text}
 
 
 def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
@@ -241,19 +278,17 @@ def toggle(
     path: Path, enabled: bool, patterns: str | Iterable[str] | None, *, sync: bool = True
 ) -> list[str]:
     """See `lora_param.formats.toggle_file`."""
-    from lora_param.targets.matching import match_targets
-
     adapter = _read(path)
     chosen = match_targets(adapter.weights(), patterns)
     if all(adapter.targets[key].enabled == enabled for key in chosen):
         return chosen
     targets = adapter.targets | {k: replace(adapter.targets[k], enabled=enabled) for k in chosen}
     header = read_header(path)
-    metadata = header.metadata | _encode(replace(adapter, targets=targets))
+    metadata = _encode(replace(adapter, targets=targets))
     with path.open("rb") as source, replace_file(path, force=True, sync=sync) as file:
         file.write(encode_header(header.entries.items(), metadata, path))
         copy_range(source, file, header.start, header.size)
     return chosen
 
 
-FORMAT = Format("native", _recognise, _read, _write)
+FORMAT = Format(_NAME, _recognise, _read, _write)

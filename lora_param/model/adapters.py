@@ -7,16 +7,18 @@ on the model that it was given.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.errors import AdapterExistsError, NoAdapterError
-from lora_param.model.attach import Site, attach_lora, detach_loras, sites_of
+from lora_param.model.attach import Site, register_lora, sites_of, unregister_loras
 from lora_param.model.lora import LoRA
+from lora_param.model.pretrained import dress, undress
 from lora_param.model.record import check_base
 from lora_param.model.sites import (
     Patterns,
@@ -30,8 +32,9 @@ from lora_param.model.sites import (
     unwrapped,
 )
 from lora_param.model.weights import buffers_of, weights_of
+from lora_param.targets.options import read_options, takes_settings
 from lora_param.targets.plan import PlannedTarget, Tied, make_plan
-from lora_param.targets.settings import Settings
+from lora_param.targets.settings import SettingsOptions
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import dense, logical_dtype
@@ -45,22 +48,18 @@ Model = TypeVar("Model", bound=nn.Module)
 _FROZEN = "_lora_param_frozen"  # on the model given to apply: names of what it froze
 
 
+@takes_settings
 def apply(
     model: Model,
     targets: Patterns = "all-linear",
     *,
     exclude: Patterns = (),
-    rank: int = 8,
-    alpha: float = 16.0,
-    scaling: str = "standard",
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    variant: str = "lora",
     adapter: str = "default",
     freeze: bool = True,
     inplace: bool = True,
     tied: Tied = "error",
     generator: torch.Generator | None = None,
+    **options: Unpack[SettingsOptions],
 ) -> Model:
     """Register LoRA on the chosen weights of a model.
 
@@ -72,14 +71,6 @@ def apply(
         model: any module; changed in place.
         targets: patterns that choose weights, see the README's "Targets".
         exclude: patterns that take away.
-        rank: rows of A and columns of B. On a weight whose matrix has fewer rows or columns it is
-            as many, and the scale what this rank gives.
-        alpha: the strength; scale is alpha/rank.
-        scaling: "standard" (alpha/rank), "rslora" (alpha/√rank) or "constant" (alpha).
-        dropout: probability of dropping an element of the input before A, while training.
-        init: "kaiming", "he", "normal:STD", "orthogonal", "pissa" or "olora".
-        variant: "lora", or "dora": W' = m ∘ V / ‖V‖ with V = W + scale·(B @ A) and a learned
-            length m for each row of the weight as stored.
         adapter: its name, for models that carry several.
         freeze: set requires_grad to False on everything but the factors; `remove` and `bake` set
             it back.
@@ -87,13 +78,14 @@ def apply(
         tied: a tensor known under several names of which only some are targeted is an error,
             unless this is "together" (all share the factors) or "apart" (the others keep W).
         generator: source of randomness for the factors; torch's own where None.
+        **options: the settings of what the patterns do not set.
 
     Returns:
         The model.
 
     Raises:
         TargetError: a pattern matches nothing, or a weight or slice does not fit.
-        OptionError: a setting outside its accepted values.
+        OptionError, UnknownOptionError: a setting outside its accepted values, or none.
         AdapterExistsError: the model has an adapter of this name.
         WrappedModelError: the model is already wrapped by DDP or FSDP.
 
@@ -103,7 +95,7 @@ def apply(
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
         32
     """
-    settings = Settings(rank, float(alpha), scaling, dropout, init, variant)
+    settings = read_options(apply, options)
     _check_can_attach(model, adapter)
     plan = make_plan(
         weights_of(model),
@@ -196,14 +188,15 @@ def _put_on(
 ) -> None:
     if freeze:
         _freeze(model)
+    dress(model)
     for target, factors in loras:
-        lora = LoRA(target, factors, adapter)
+        lora = LoRA.of(target, factors, adapter)
         done: set[tuple[int, str]] = set()
         for name in (target.target.name, *target.also):
             owner, tensor = where[name]
             if (id(owner), tensor) not in done:
                 done.add((id(owner), tensor))
-                attach_lora(owner, tensor, lora)
+                register_lora(owner, tensor, lora)
 
 
 def _freeze(model: nn.Module) -> None:
@@ -223,6 +216,8 @@ def _restore_frozen(model: nn.Module) -> None:
         return
     names = getattr(model, _FROZEN)
     delattr(model, _FROZEN)
+    # a chain that began with several tensors may be one by now
+    names |= {re.sub(r"\.original\d+$", "", name) for name in names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if _base_name(name) in names:
             parameter.requires_grad_(True)
@@ -288,5 +283,6 @@ def remove(model: Model, adapter: str | None = None) -> Model:
 def detach(model: nn.Module, found: Iterable[Site]) -> None:
     """Take LoRAs off their weights, and unfreeze the base when none is left."""
     for group in by_weight(found):
-        detach_loras(group[0].owner, group[0].tensor, [s.lora for s in group])
+        unregister_loras(group[0].owner, group[0].tensor, [s.lora for s in group])
+    undress(model)
     _restore_frozen(model)

@@ -24,18 +24,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_param.errors import ComputedWeightError
+from lora_param.errors import ComputedWeightError, MismatchError, ResumeError
+from lora_param.fingerprint import tensor_base_weight
 from lora_param.model.cache import kept
 from lora_param.model.lora import LoRA
 from lora_param.targets.weights import canonical_name
-from lora_param.weight.adapted import built
-from lora_param.weight.base import storage_of
+from lora_param.weight.adapted import AdaptedWeight, built
+from lora_param.weight.base import dense, storage_of
 
-__all__ = ["Site", "attach_lora", "chain_of", "detach_loras", "first_order", "is_plain_chain"]
-__all__ += ["rename_base_keys", "replace_original", "sites_of"]
+__all__ = ["FINGERPRINT", "Site", "base_of", "chain_of", "chain_value", "fingerprint_tensor"]
+__all__ += ["first_order", "is_adapted", "is_plain_chain", "originals_of", "others_of"]
+__all__ += ["register_lora", "rename_base_keys", "replace_original", "same_weight", "sites_of"]
+__all__ += ["unregister_loras"]
 
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
+FINGERPRINT = "fingerprint"  # among a weight's entries of a state dict, instead of a frozen W
 _BASE = "_lora_param_base"  # on an injected class: the class that the module had
+_TENSORS = "_lora_param_tensors"  # on an injected class: what is computed on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +52,14 @@ class Site:
         owner: the module that has the weight.
         tensor: the weight's name on its owner.
         lora: what is attached there.
+        inner: what the names of its tensors begin with in the model's state dict.
     """
 
     name: str
     owner: nn.Module
     tensor: str
     lora: LoRA
+    inner: str
 
     @property
     def key(self) -> str:
@@ -62,12 +69,51 @@ class Site:
     @property
     def original(self) -> Tensor:
         """The base W."""
-        return chain_of(self.owner, self.tensor).original
+        return base_of(chain_of(self.owner, self.tensor))
 
 
 def chain_of(owner: nn.Module, tensor: str) -> parametrize.ParametrizationList:
     """The parametrizations of a tensor, in order."""
     return cast(parametrize.ParametrizationList, _lists(owner)._modules[tensor])
+
+
+def originals_of(chain: parametrize.ParametrizationList) -> dict[str, Tensor]:
+    """What the chain starts from, by its names there: one tensor, or several (weight_norm)."""
+    several = [f"original{i}" for i in range(0 if chain.is_tensor else chain.ntensors)]
+    return {name: getattr(chain, name) for name in several or ["original"]}
+
+
+def base_of(chain: parametrize.ParametrizationList) -> Tensor:
+    """W: the one tensor that the chain starts from, or what its first members make of several."""
+    originals = originals_of(chain)
+    if chain.is_tensor:
+        return originals["original"]
+    first, *rest = chain.children()
+    value: Tensor = first(*originals.values())
+    for item in rest:
+        if isinstance(item, LoRA):
+            break
+        value = item(value)
+    return value
+
+
+@torch.no_grad()
+def chain_value(owner: nn.Module, tensor: str) -> Tensor:
+    """What the whole chain gives in evaluation, as a tensor of its own."""
+    chain = chain_of(owner, tensor)
+    modes = [(m, m.training) for m in chain.modules()]
+    try:
+        value = _read(chain.eval())
+        return value.build() if isinstance(value, AdaptedWeight) else value.clone()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def others_of(owner: nn.Module, tensor: str) -> list[str]:
+    """Class names of the parametrizations besides LoRA on this tensor."""
+    items = chain_of(owner, tensor).children()
+    return [type(item).__name__ for item in items if not isinstance(item, LoRA)]
 
 
 def _lists(owner: nn.Module) -> nn.ModuleDict:
@@ -81,6 +127,25 @@ def is_plain_chain(owner: nn.Module, tensor: str) -> bool:
     return bool(chain.is_tensor) and all(isinstance(p, LoRA) for p in chain)
 
 
+def is_adapted(owner: nn.Module, tensor: str) -> bool:
+    """The tensor is computed."""
+    lists = owner._modules.get("parametrizations")
+    return lists is not None and tensor in lists._modules
+
+
+def same_weight(one: tuple[nn.Module, str], other: tuple[nn.Module, str]) -> bool:
+    """Two names of one Parameter, with the same LoRAs on it if there are any."""
+
+    def parts(owner: nn.Module, tensor: str) -> list[object]:
+        if not is_adapted(owner, tensor):
+            return [owner._parameters.get(tensor)]
+        chain = chain_of(owner, tensor)
+        return [*originals_of(chain).values(), *chain.children()]
+
+    found = parts(*one), parts(*other)
+    return len(found[0]) == len(found[1]) and all(a is b for a, b in zip(*found, strict=True))
+
+
 def first_order(owner: nn.Module) -> tuple[str, ...]:
     """Names of the owner's parameters, in their order before any was adapted."""
     lists = owner._modules.get("parametrizations")
@@ -89,19 +154,25 @@ def first_order(owner: nn.Module) -> tuple[str, ...]:
 
 
 def sites_of(model: nn.Module) -> Iterator[Site]:
-    """Every LoRA on the model, in the order of the modules; under each name of what is shared."""
+    """Every LoRA on the model, in the order of the modules; under each name of what is shared.
+
+    A module on which torch's own function registered it gets our class here, when first seen.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         lists = module._modules.get("parametrizations")
         if not isinstance(lists, nn.ModuleDict):
             continue
+        if any(isinstance(p, LoRA) for chain in lists.children() for p in chain.children()):
+            _adopt(module)
         for tensor, chain in lists.items():
-            name = canonical_name(f"{path}.{tensor}" if path else tensor)
+            prefix = f"{path}." if path else ""
+            name, inner = canonical_name(f"{prefix}{tensor}"), f"{prefix}parametrizations.{tensor}."
             for item in chain.children():
                 if isinstance(item, LoRA):
-                    yield Site(name, module, tensor, item)
+                    yield Site(name, module, tensor, item, inner)
 
 
-def attach_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
+def register_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
     """Register `lora` on a parameter of `owner`. The Parameter stays the same object.
 
     As `register_parametrization` does it, without what costs a build or a class for each weight:
@@ -129,7 +200,7 @@ def attach_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
     owner.__class__ = _shared_class(base, tuple(lists._modules))
 
 
-def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
+def unregister_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
     """Take LoRAs off a parameter. The last one off leaves class, keys and Parameter as before."""
     chain = chain_of(owner, tensor)
     kept = [p for p in chain if not any(p is g for g in gone)]
@@ -164,9 +235,23 @@ def detach_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
             parameters[name] = parameters.pop(name)  # back to the order they were made in
 
 
-def replace_original(owner: nn.Module, tensor: str, parameter: nn.Parameter) -> None:
-    """Give the weight a base of its own, where the one it had is shared with another name."""
-    chain_of(owner, tensor)._parameters["original"] = parameter
+def replace_original(
+    owner: nn.Module, tensor: str, parameter: nn.Parameter, *, only_lora: bool = False
+) -> None:
+    """Give the weight another base, where the one it had is shared with another name.
+
+    With `only_lora` other parametrizations are taken off its chain.
+    """
+    chain = chain_of(owner, tensor)
+    if only_lora:
+        loras = [item for item in chain.children() if isinstance(item, LoRA)]
+        for index in reversed(range(len(chain))):
+            del chain[index]
+        chain.extend(loras)
+        for name in originals_of(chain):
+            delattr(chain, name)
+        chain.is_tensor = True
+    chain._parameters["original"] = parameter
 
 
 # --- the injected class -----------------------------------------------------------------------
@@ -207,18 +292,46 @@ def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Modu
 
     def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if isinstance(getattr(type(self), name, None), property) and name in tensors:
+            if parameter is not None and _reads_as(chain_of(self, name), parameter):
+                return
             raise ComputedWeightError(f"assigning {name!r}")
         base.register_parameter(self, name, parameter)
 
     namespace: dict[str, Any] = {tensor: _computed(tensor) for tensor in tensors}
     namespace |= {
         _BASE: base,
+        _TENSORS: tensors,
         "__module__": base.__module__,
         "__reduce_ex__": reduce,
         "_load_from_state_dict": load,
         "register_parameter": register,
     }
-    return type(f"Parametrized{base.__name__}", (base,), namespace)
+    # transformers writes the name of a model's class into its config
+    name = base.__name__ if hasattr(base, "save_pretrained") else f"Parametrized{base.__name__}"
+    return type(name, (base,), namespace)
+
+
+def _adopt(owner: nn.Module) -> None:
+    """Give a module the class that `register_lora` gives, where torch registered LoRA on it.
+
+    Where something else stands on it as well, it keeps torch's class and learns to load.
+    """
+    lists = _lists(owner)
+    tensors, cls = tuple(lists._modules), type(owner)
+    if _is_ours(owner) and cls.__dict__[_TENSORS] == tensors:
+        return
+    if not all(is_plain_chain(owner, tensor) for tensor in tensors):
+        if not _is_ours(owner):
+            _hook_loading(owner)
+        return
+    if not _is_ours(owner):
+        if not all(isinstance(cls.__dict__.get(tensor), property) for tensor in tensors):
+            return  # somebody else's mechanism
+        _unhook_loading(owner)
+    # Where they stood among the other parameters is not known: weights are made before biases.
+    lists.__dict__.setdefault(_ORDER, (*tensors, *owner._parameters))
+    base = cls.__dict__[_BASE] if _is_ours(owner) else cls.__bases__[0]
+    owner.__class__ = _shared_class(base, tensors)
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -231,11 +344,21 @@ def _computed(tensor: str) -> property:
 
     def set_(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, tensor)
+        if _reads_as(chain, value):
+            return  # transformers' tie_weights assigns what is there
         if any(isinstance(p, LoRA) for p in chain):
             raise ComputedWeightError(f"assigning {tensor!r}")
         chain.right_inverse(value)
 
     return property(get, set_)
+
+
+def _reads_as(chain: parametrize.ParametrizationList, value: Tensor) -> bool:
+    """The value is what the chain gives, of the same base and not just of equal numbers."""
+    own = _read(chain)
+    if not (isinstance(own, AdaptedWeight) and isinstance(value, AdaptedWeight)):
+        return own is value
+    return own.base is value.base and torch.equal(own.build(), value.build())
 
 
 def _read(chain: nn.Module) -> Tensor:
@@ -267,14 +390,44 @@ def rename_base_keys(
 
     The base goes to `parametrizations.weight.original`. The adapter is no part of such a state
     dict: its own values stand in for it, so that a strict load passes and leaves it as it is.
+
+    Where the factors are there as well (see `model/pretrained.py`), `weight` is W + ΔW and left
+    out: W is in the state dict under its own name, or the model's, if it has the fingerprint.
+
+    Raises:
+        ResumeError: W is another one.
+        MismatchError: a fingerprint of W without all factors.
     """
     for tensor, chain in _lists(module).named_children():
-        if f"{prefix}{tensor}" not in state_dict or not is_plain_chain(module, tensor):
+        inner, plain = f"{prefix}parametrizations.{tensor}.", f"{prefix}{tensor}"
+        told = state_dict.pop(f"{inner}{FINGERPRINT}", None)
+        own = chain.state_dict(keep_vars=True)
+        if told is not None:
+            _check_resumed(f"{prefix}{tensor}", own, told, state_dict, inner)
+        if not is_plain_chain(module, tensor) or (plain not in state_dict and told is None):
             continue
-        inner = f"{prefix}parametrizations.{tensor}."
-        state_dict[f"{inner}original"] = state_dict.pop(f"{prefix}{tensor}")
-        for name, value in chain.state_dict(keep_vars=True).items():
-            state_dict.setdefault(f"{inner}{name}", value)
+        value = state_dict.pop(plain, None)
+        if told is None:
+            state_dict.setdefault(f"{inner}original", value)
+        for name, kept_value in own.items():
+            state_dict.setdefault(f"{inner}{name}", kept_value)
+
+
+def fingerprint_tensor(W: Tensor) -> Tensor:
+    """The fingerprint of a base weight, as a tensor of text for a state dict."""
+    known = tensor_base_weight(dense(W))
+    return torch.tensor(list(f"{known.dtype} {known.hash}".encode()), dtype=torch.uint8)
+
+
+def _check_resumed(
+    name: str, own: dict[str, Tensor], told: Tensor, state_dict: dict[str, Any], inner: str
+) -> None:
+    here, there = (bytes(t.tolist()).decode() for t in (fingerprint_tensor(own["original"]), told))
+    if here != there:
+        raise ResumeError(canonical_name(name), here, there)
+    missing = [n for n in own if n != "original" and f"{inner}{n}" not in state_dict]
+    if missing:
+        raise MismatchError("the state dict", f"the adapters on {name}", missing=missing)
 
 
 # --- modules that somebody else has parametrized ----------------------------------------------

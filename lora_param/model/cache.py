@@ -1,4 +1,4 @@
-"""Keeping built weights between reads, where no gradient asks for them: `cached`.
+"""Keeping built weights between reads, where no gradient asks for them.
 
 An adapted weight is worth building once when it is read many times unchanged, as in generating
 token by token. What is kept belongs to one thread and one `with` block, and is used only while W,
@@ -8,7 +8,7 @@ the factors, the scales and the toggles are what they were when it was built.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_param.model.lora import LoRA
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import identity
 
-__all__ = ["cached", "kept"]
+__all__ = ["keeping", "kept"]
 
 _local = threading.local()
 
@@ -27,27 +27,9 @@ Kept = dict[nn.Module, tuple[tuple[Any, ...], Tensor] | None]
 
 
 @contextmanager
-def cached(model: nn.Module) -> Iterator[None]:
-    """Keep each adapted weight that is read without gradients, within a `with` block.
-
-    Reads that need gradients are as they are outside. A weight is built again when W, a factor, a
-    scale or a toggle has changed (writes through `.data` go unseen, as everywhere in torch), when
-    another thread reads it, and within `torch.inference_mode` apart from outside of it.
-
-    Memory: a full-size copy of each adapted weight that is read, until the block ends.
-
-    Example:
-        >>> import lora_param as lp
-        >>> model = lp.apply(nn.Linear(8, 8), ["weight"], rank=2)
-        >>> with torch.no_grad(), cached(model):
-        ...     for _ in range(3):
-        ...         y = model(torch.ones(1, 8))  # W + ΔW is built once
-    """
-    found: Kept = {
-        chain: None
-        for module in model.modules()
-        for chain in (module._modules.get("parametrizations") or nn.ModuleDict()).children()
-    }
+def keeping(chains: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep what `kept` reads of these parametrizations in this thread, within a `with` block."""
+    found: Kept = dict.fromkeys(chains)
     blocks: list[Kept] = _local.__dict__.setdefault("blocks", [])
     blocks.append(found)
     try:

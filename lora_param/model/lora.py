@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Self, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 import lora_param.weight.rules  # noqa: F401  registers what operations do with an adapted weight
-from lora_param.adapter import AdapterTarget
-from lora_param.targets.regions import Region
-from lora_param.targets.settings import INITIAL, VARIANTS, Settings
+from lora_param.adapter import AdapterTarget, check_name
+from lora_param.errors import (
+    ComputedWeightError,
+    MismatchError,
+    OptionError,
+    UnsuitableWeightError,
+)
+from lora_param.targets.options import read_options, takes_settings
+from lora_param.targets.regions import Region, parse_target
+from lora_param.targets.settings import INITIAL, VARIANTS, Settings, SettingsOptions
+from lora_param.targets.weights import Weight
 from lora_param.weight.adapted import AdaptedWeight, adapt, built
-from lora_param.weight.base import dense, identity
+from lora_param.weight.base import dense, identity, logical_dtype, logical_shape
+from lora_param.weight.init import fresh_tensors
+from lora_param.weight.precision import compute_dtype
 from lora_param.weight.update import Deferred, Update, fold_initial, make_update
 from lora_param.weight.variants import Variant, variant_named
 
@@ -57,8 +67,9 @@ class _Known:
 class LoRA(nn.Module):
     """Registered on a weight, makes it read as W + scale·(B @ A).
 
-    Registration goes through `lora_param.apply` or `lora_param.attach`; the class is public so
-    that a model's parametrizations can be inspected and recognised.
+    `lora_param.apply` and `attach` register it on many weights at once. By hand it is registered
+    like any parametrization of torch; everything else in this package then works on it alike, and
+    names the adapter that it belongs to. Freezing the rest is the caller's then.
 
     Its parameters are what the variant trains: `lora_A` (rank, in) and `lora_B` (out, rank) for
     plain LoRA, with one more dimension in front for a stack, and DoRA's `magnitude` (out,).
@@ -72,8 +83,9 @@ class LoRA(nn.Module):
         strength: multiplies the update; 1.0 as trained.
 
     Example:
-        >>> import lora_param as lp
-        >>> layer = lp.apply(nn.Linear(32, 16), ["weight"], rank=4)
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> layer = nn.Linear(32, 16)
+        >>> layer = register_parametrization(layer, "weight", LoRA(layer.weight.shape, rank=4))
         >>> layer.parametrizations.weight[0].lora_A.shape
         torch.Size([4, 32])
     """
@@ -88,8 +100,70 @@ class LoRA(nn.Module):
     variant: Variant
     _known: _Known
 
-    def __init__(self, target: AdapterTarget, factors: dict[str, Tensor], adapter: str) -> None:
+    shape: tuple[int, ...] | None = None  # of the weight, where it was made for one by hand
+
+    @takes_settings
+    def __init__(
+        self,
+        shape: Sequence[int] | Tensor,
+        *,
+        part: str = "",
+        adapter: str = "default",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        **options: Unpack[SettingsOptions],
+    ) -> None:
+        """Make a fresh one, whose update is zero.
+
+        Args:
+            shape: that of the weight, or the weight itself: what starts from its values (pissa,
+                olora, DoRA) needs those, and dtype and device are taken from it.
+            part: a slice of the weight as in patterns: "[0:64]", "[:,0:64]", "[0/3]", "[*]".
+            adapter: name of the adapter that it belongs to.
+            dtype: of the factors; fp32 (fp64 for an fp64 weight) where None.
+            device: of the factors; the weight's, or torch's default one, where None.
+            generator: source of randomness; torch's own where None.
+            **options: the settings.
+
+        Raises:
+            OptionError, UnknownOptionError: a setting outside its accepted values, or none.
+            UnsuitableWeightError, SliceError, PatternError: a shape or a part that does not fit.
+        """
+        W = shape if isinstance(shape, Tensor) else None
+        sizes = tuple(shape) if W is None else logical_shape(W)
+        wide = torch.float32 if W is None else compute_dtype(logical_dtype(W))
+        if reason := Weight("weight", sizes, str(wide).removeprefix("torch.")).unsuitable:
+            raise UnsuitableWeightError(f"a weight of shape {sizes}", reason)
+        target = parse_target(f"weight{part}", sizes)
+        matrix = target.region.matrix(sizes)
+        settings = read_options(LoRA, options).capped(matrix)
+
+        def values() -> Tensor:
+            if W is None:
+                starts = settings.init if settings.init != "kaiming" else settings.variant
+                accepted = f"the weight itself, since {starts} starts from its values"
+                raise OptionError("shape", sizes, accepted)
+            return dense(W)[target.region.index].reshape(matrix)
+
+        if device is None:
+            device = torch.get_default_device() if W is None else W.device
+        factors = fresh_tensors(
+            settings, matrix, values, dtype=dtype or wide, device=device, generator=generator
+        )
         super().__init__()
+        self._set_up(AdapterTarget(target, settings), factors, check_name(adapter))
+        self.__dict__["shape"] = sizes
+
+    @classmethod
+    def of(cls, target: AdapterTarget, factors: dict[str, Tensor], adapter: str) -> Self:
+        """Of tensors that there are already, for a target that is known to fit its weight."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._set_up(target, factors, adapter)
+        return self
+
+    def _set_up(self, target: AdapterTarget, factors: dict[str, Tensor], adapter: str) -> None:
         # Straight into __dict__: nn.Module's __setattr__ is half the time that attaching takes.
         self.__dict__.update(adapter=adapter, region=target.target.region, enabled=target.enabled)
         self.__dict__["variant"] = variant_named(target.settings.variant)
@@ -149,6 +223,11 @@ class LoRA(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return make_update(self.variant, tensors, scale, strength, self.region, dropout, known)
 
+    def update_of(self, tensors: Mapping[str, Tensor]) -> Update | Deferred:
+        """ΔW of other tensors under this LoRA's settings: of those in a state dict."""
+        own = fold_initial(tensors)
+        return make_update(self.variant, own, self.scale, self.strength, self.region, 0.0, None)
+
     def forward(self, W: Tensor) -> Tensor:
         """W itself while disabled, otherwise the adapted weight: W's shape and dtype."""
         return adapt(W, self.update(W)) if self.enabled else W
@@ -164,6 +243,18 @@ class LoRA(nn.Module):
         if self._forward_hooks or self._forward_pre_hooks:
             return cast(Tensor, super().__call__(W))
         return self.forward(W)
+
+    def right_inverse(self, W: Tensor) -> NoReturn:
+        """There is none: torch asks for it when it registers this, and when a weight is assigned.
+
+        Raises:
+            ComputedWeightError: always; registering is not stopped by it.
+            MismatchError: it was made for a weight of another shape.
+        """
+        if self.shape is not None and self.shape != (found := logical_shape(W)):
+            told = f"a LoRA for {self.shape}, a weight of {found}"
+            raise MismatchError(f"the adapter {self.adapter!r}", "the weight", shapes=[told])
+        raise ComputedWeightError("assigning")
 
     def factors(self) -> dict[str, Tensor]:
         """The tensors that an adapter file holds for this target, detached."""

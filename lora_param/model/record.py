@@ -9,10 +9,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_param.adapter import Adapter, AdapterTarget, check_fit
-from lora_param.errors import MismatchError, listed
-from lora_param.fingerprint import BaseWeight, tensor_base_weight
+from lora_param.errors import DuplicateTargetError, MismatchError, listed
+from lora_param.fingerprint import BaseWeight, hash_sample, tensor_base_weight
+from lora_param.model.attach import chain_of, originals_of
 from lora_param.model.lora import LoRA
-from lora_param.model.sites import base_tensors, own_sites, sites, unwrapped
+from lora_param.model.sites import base_tensor, own_sites, owners, sites, unwrapped
+from lora_param.model.switching import switch_lora
 from lora_param.model.weights import weights_of
 from lora_param.targets.regions import Target
 from lora_param.weight.base import dense
@@ -22,8 +24,20 @@ __all__ = ["check_base", "fingerprint", "get_adapter", "load_into"]
 
 def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, BaseWeight]:
     """Fingerprints of the base weights of these names, of those that the model has."""
-    tensors = base_tensors(model)
-    return {n: tensor_base_weight(dense(tensors[n])) for n in dict.fromkeys(names) if n in tensors}
+    where = owners(model)
+    return {n: _fingerprint(*where[n]) for n in dict.fromkeys(names) if n in where}
+
+
+def _fingerprint(owner: nn.Module, tensor: str) -> BaseWeight:
+    """Of W; where it is itself computed of several tensors, the hash is of those."""
+    found = tensor_base_weight(dense(base_tensor(owner, tensor)))
+    if tensor in owner._parameters or chain_of(owner, tensor).is_tensor:
+        return found
+    originals = originals_of(chain_of(owner, tensor)).values()  # the same bits on every device
+    hashes = [tensor_base_weight(t).hash for t in originals]
+    known = [h for h in hashes if h is not None]
+    whole = hash_sample("".join(known).encode()) if len(known) == len(hashes) else None
+    return replace(found, hash=whole)
 
 
 def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> None:
@@ -49,6 +63,8 @@ def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
     tensors: dict[str, Tensor] = {}
     for site in own_sites(found):
         lora, names = site.lora, names_of[id(site.lora)]
+        if site.key in targets:
+            raise DuplicateTargetError(site.key, name)
         targets[site.key] = AdapterTarget(
             Target(site.name, site.lora.region),
             lora.settings,
@@ -101,7 +117,7 @@ def load_into(
     for key in both:
         lora, target = mine[key].lora, adapter.targets[key]
         lora.configure(target.settings, target.strength)
-        lora.enabled = target.enabled
+        switch_lora(lora, target.enabled)
         lora.copy_factors(factors[key])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_param.adapter import check_name
 from lora_param.errors import NoAdapterError, NoMatchError, OptionError, WrappedModelError
-from lora_param.model.attach import Site, chain_of, sites_of
+from lora_param.model.attach import Site, base_of, chain_of, sites_of
 from lora_param.model.lora import LoRA
 from lora_param.targets.matching import match_targets
 from lora_param.targets.weights import Weight, canonical_name
@@ -111,10 +111,7 @@ def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def base_tensor(owner: nn.Module, tensor: str) -> Tensor:
     """W: the parameter, or what the parametrizations that stand below LoRA start from."""
     own = owner._parameters.get(tensor)
-    if own is not None:
-        return own
-    chain = chain_of(owner, tensor)
-    return chain.original if chain.is_tensor else getattr(owner, tensor)
+    return base_of(chain_of(owner, tensor)) if own is None else own
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

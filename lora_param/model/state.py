@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from lora_param.errors import ModelError
-from lora_param.model.attach import Site, first_order, is_plain_chain
+from lora_param.errors import ChainError
+from lora_param.model.attach import (
+    Site,
+    chain_of,
+    chain_value,
+    first_order,
+    is_plain_chain,
+    originals_of,
+    others_of,
+)
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import by_weight, sites, unwrapped
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.update import merge
 
-__all__ = ["base_state_dict", "check_plain", "merge_identity", "merged_state_dict", "merged_weight"]
+__all__ = ["base_state_dict", "check_chains", "merge_identity"]
+__all__ += ["merged_state_dict", "merged_weight"]
+__all__ += ["renamed_state_dict"]
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -25,21 +37,25 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(lp.base_state_dict(lp.apply(nn.Linear(4, 4), ["weight"], rank=2)))
         ['weight', 'bias']
     """
-    return _renamed(unwrapped(model), {})
+    return renamed_state_dict(unwrapped(model), {})
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, *, chain: bool = False) -> dict[str, Tensor]:
     """The model's state dict with W + ΔW of all enabled updates under the original names.
 
     For any `save_pretrained(path, state_dict=...)`: what is saved loads into the plain model.
     Merged weights are new tensors, one for each tied group; the others are the model's own.
 
+    Args:
+        model: an adapted model.
+        chain: where other parametrizations stand on an adapted weight, merge their whole chain.
+
     Raises:
-        ModelError: another parametrization stands on an adapted weight.
+        ChainError: another parametrization stands on an adapted weight.
     """
     model = unwrapped(model)
     found = sites(model)
-    check_plain(found)
+    check_chains(found, chain)
     merged: dict[tuple[int, ...], Tensor] = {}
     of_weight: dict[tuple[int, str], Tensor] = {}
     for group in by_weight(found):
@@ -47,15 +63,18 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if key not in merged:
             merged[key] = merged_weight(group)
         of_weight[id(group[0].owner), group[0].tensor] = merged[key]
-    return _renamed(model, {s.name: of_weight[id(s.owner), s.tensor] for s in found})
+    return renamed_state_dict(model, {s.name: of_weight[id(s.owner), s.tensor] for s in found})
 
 
-def _renamed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def renamed_state_dict(
+    model: nn.Module, values: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """`model.state_dict()` without LoRA's entries, in the order of a model without LoRA.
 
     Args:
         model: an adapted model.
         values: what to put under an original name instead of the base.
+        given: the model's state dict, where it was gathered elsewhere.
     """
     order: dict[str, int] = {}
     rename: dict[str, str | None] = {}
@@ -66,17 +85,19 @@ def _renamed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
             order.setdefault(canonical_name(prefix + name), len(order))
         for tensor, chain in lists.named_children() if lists is not None else ():
             inner, kept = f"{prefix}parametrizations.{tensor}.", 0
-            plain = is_plain_chain(module, tensor)
+            name = canonical_name(f"{prefix}{tensor}")
+            merged = name in values or is_plain_chain(module, tensor)
             for index, item in chain.named_children():
-                is_lora = isinstance(item, LoRA)
+                gone = merged or isinstance(item, LoRA)
                 for key in item.state_dict():
-                    new = None if is_lora else f"{inner}{kept}.{key}"
-                    rename[f"{inner}{index}.{key}"] = new
-                kept += not is_lora
-            if plain:
-                rename[f"{inner}original"] = f"{prefix}{tensor}"
+                    rename[f"{inner}{index}.{key}"] = None if gone else f"{inner}{kept}.{key}"
+                kept += not gone
+            if merged:
+                first_original, *more = originals_of(chain)
+                rename |= {f"{inner}{original}": None for original in more}
+                rename[f"{inner}{first_original}"] = name
     state: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    for key, value in (model.state_dict() if given is None else given).items():
         name = rename.get(key, key)
         if name is not None:
             name = canonical_name(name)
@@ -86,21 +107,35 @@ def _renamed(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def merge_identity(group: list[Site]) -> tuple[int, ...]:
     """Equal for weights that share base and factors, and so their merged value."""
-    return (id(group[0].original), *(id(s.lora) for s in group))
+    site = group[0]
+    if not is_plain_chain(site.owner, site.tensor):
+        return (id(chain_of(site.owner, site.tensor)),)
+    return (id(site.original), *(id(s.lora) for s in group))
 
 
 @torch.no_grad()
 def merged_weight(group: list[Site]) -> Tensor:
-    """W + ΔW of all enabled updates on one weight, in the weight's dtype."""
+    """W + ΔW of all enabled updates on one weight, in the weight's dtype; or the whole chain's."""
+    site = group[0]
+    if not is_plain_chain(site.owner, site.tensor):
+        return chain_value(site.owner, site.tensor)
     updates = [s.lora.update() for s in group if s.lora.enabled]
-    return merge(group[0].original.detach(), updates)
+    return merge(site.original.detach(), updates)
 
 
-def check_plain(found: list[Site]) -> None:
-    """Refuse weights that carry another parametrization besides LoRA."""
-    for site in found:
-        if not is_plain_chain(site.owner, site.tensor):
-            raise ModelError(
-                f"{site.name} carries another parametrization besides LoRA, through which W + ΔW "
-                f"cannot be written; remove that one first."
-            )
+def check_chains(found: list[Site], chain: bool) -> None:
+    """Refuse weights that carry another parametrization besides LoRA, unless all of it is merged.
+
+    Raises:
+        ChainError: there are such, and `chain` is False, or not all of their adapters are found.
+    """
+    for group in by_weight(found):
+        owner, tensor, name = group[0].owner, group[0].tensor, group[0].name
+        others = others_of(owner, tensor)
+        if not others:
+            continue
+        mine = {id(s.lora) for s in group}
+        loras = [p for p in chain_of(owner, tensor).children() if isinstance(p, LoRA)]
+        kept = [p.adapter for p in loras if id(p) not in mine]
+        if kept or not chain:
+            raise ChainError(name, others, kept if chain else ())

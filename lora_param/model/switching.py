@@ -1,17 +1,48 @@
-"""What is changed on an adapter while it stays attached: on, off, and how strong."""
+"""What is changed on an adapter while it stays attached: on, off, how strong, kept built.
+
+Whether an update acts is one attribute, `LoRA.enabled`, which costs nothing to read. Blocks of
+`disabled` are counted beside it, so that they may overlap in any order, in any threads.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from lora_param.errors import OptionError
+from lora_param.model.attach import chain_of, sites_of
+from lora_param.model.cache import keeping
+from lora_param.model.lora import LoRA
 from lora_param.model.sites import Patterns, chosen_loras
 
-__all__ = ["disabled", "set_scale", "switch"]
+__all__ = ["cached", "disabled", "set_scale", "switch", "switch_lora"]
+
+
+@dataclass(slots=True)
+class _Held:
+    """A LoRA within `disabled` blocks: how many, and what it will be when the last one ends."""
+
+    blocks: int
+    after: bool
+
+
+_lock = threading.Lock()
+_held: WeakKeyDictionary[LoRA, _Held] = WeakKeyDictionary()
+
+
+def switch_lora(lora: LoRA, enabled: bool) -> None:
+    """Set whether an update acts; while `disabled` blocks hold it, what it will be after them."""
+    with _lock:
+        if held := _held.get(lora):
+            held.after = enabled
+        else:
+            lora.enabled = enabled
 
 
 def switch(
@@ -23,7 +54,7 @@ def switch(
 ) -> None:
     """What `lora_param.enable` and `disable` do on a live model."""
     for lora in chosen_loras(model, targets, adapter=adapter):
-        lora.enabled = enabled
+        switch_lora(lora, enabled)
 
 
 @contextmanager
@@ -32,6 +63,10 @@ def disabled(
 ) -> Iterator[None]:
     """Leave updates out within a `with` block; what was enabled before is enabled after.
 
+    The updates are out in every thread while any block over them is open. Blocks may nest, and
+    those of several threads may overlap; what `enable` or `disable` says meanwhile holds when the
+    last one ends.
+
     Example:
         >>> import lora_param as lp
         >>> model = lp.apply(nn.Linear(4, 4), ["weight"], rank=2)
@@ -39,13 +74,22 @@ def disabled(
         ...     type(model.weight).__name__
         'Parameter'
     """
-    before = [(lora, lora.enabled) for lora in chosen_loras(model, targets, adapter=adapter)]
+    loras = dict.fromkeys(chosen_loras(model, targets, adapter=adapter))
+    with _lock:
+        for lora in loras:
+            held = _held.setdefault(lora, _Held(0, lora.enabled))
+            held.blocks += 1
+            lora.enabled = False
     try:
-        switch(model, False, targets, adapter=adapter)
         yield
     finally:
-        for lora, was in before:
-            lora.enabled = was
+        with _lock:
+            for lora in loras:
+                held = _held[lora]
+                held.blocks -= 1
+                if not held.blocks:
+                    lora.enabled = held.after
+                    del _held[lora]
 
 
 def set_scale(
@@ -67,3 +111,24 @@ def set_scale(
         raise OptionError("factor", factor, "a finite number")
     for lora in chosen_loras(model, targets, adapter=adapter):
         lora.configure(lora.settings, float(factor))
+
+
+@contextmanager
+def cached(model: nn.Module) -> Iterator[None]:
+    """Keep each adapted weight that is read without gradients, within a `with` block.
+
+    Reads that need gradients are as they are outside. A weight is built again when W, a factor, a
+    scale or a toggle has changed (writes through `.data` go unseen, as everywhere in torch), when
+    another thread reads it, and within `torch.inference_mode` apart from outside of it.
+
+    Memory: a full-size copy of each adapted weight that is read, until the block ends.
+
+    Example:
+        >>> import lora_param as lp
+        >>> model = lp.apply(nn.Linear(8, 8), ["weight"], rank=2)
+        >>> with torch.no_grad(), cached(model):
+        ...     for _ in range(3):
+        ...         y = model(torch.ones(1, 8))  # W + ΔW is built once
+    """
+    with keeping(chain_of(site.owner, site.tensor) for site in sites_of(model)):
+        yield

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from rich.console import RenderableType
 from rich.text import Text
 
+from lora_param.checkpoint.bake import BakeReport
+from lora_param.checkpoint.merging import BakedTarget
 from lora_param.report import figures
 from lora_param.report.collapse import Group, collapse
 from lora_param.report.layout import View, split_common
@@ -17,98 +15,60 @@ from lora_param.report.tree import Column, Facts, Row, TreeTable
 __all__ = ["bake_view"]
 
 
-def bake_view(report: Any) -> RenderableType:
-    """What a bake wrote.
-
-    Args:
-        report: anything with `rows`, each with `target`, and where they have them `changed` and
-            `total` (elements), `ratio` or `relative_norm` (‖ΔW‖/‖W‖), `loss` or `rounding_loss`
-            (the part of ΔW that the stored dtype cannot hold), `adapter`, `dead` and `lost`; of
-            its own `path`, `files`, `bytes`, `verified`, `disabled` and `notes`.
-    """
-    rows = [_BakeRow.of(row) for row in getattr(report, "rows", ())]
-    disabled = tuple(getattr(report, "disabled", ()))
+def bake_view(report: BakeReport) -> RenderableType:
+    """Where the result is, and what came of each target."""
+    rows, disabled = report.rows, report.disabled
     head = Text("baked ").append(f"{len(rows):,}", "bold")
     head.append(f" of {figures.plural(len(rows) + len(disabled), 'target')}")
-    changed = [row.changed for row in rows if row.changed is not None]
-    if changed:
-        head.append(f", {figures.count(sum(changed))} elements changed")
-    parts: list[RenderableType] = [*_written(report), head]
+    if rows:
+        head.append(f", {figures.count(report.changed)} elements changed")
+    parts: list[RenderableType] = [_written(report), head]
     common, varying = split_common(rows, [("adapter", lambda r: r.adapter)])
     if rows:
-        groups = collapse(rows, lambda r: r.target, lambda r: (r.words, r.adapter))
+        groups = collapse(rows, lambda r: r.target, lambda r: (_words(r), r.adapter))
+        write = (
+            figures.aligned(r.relative_norm for r in rows),
+            figures.aligned(r.rounding_loss for r in rows),
+        )
         columns = [Column(name, left=True) for name, _ in varying]
         columns += [Column("changed"), Column("of", optional=True)]
         columns += [Column("‖ΔW‖/‖W‖"), Column("rounding loss")]
         parts += [Facts(common)] if common else []
-        parts += ["", TreeTable(columns, [_bake_line(g, bool(varying)) for g in groups])]
+        parts += ["", TreeTable(columns, [_line(g, bool(varying), *write) for g in groups])]
     if disabled:
         off = collapse(disabled, str, lambda _: 0)
         lines = [Row(g.segments, (), len(g.items), ("disabled: the base alone",)) for g in off]
         parts += ["", TreeTable([], lines)]
-    if notes := tuple(getattr(report, "notes", ())):
-        parts += ["", *(Text(str(note), "yellow") for note in notes)]
+    if report.notes:
+        parts += ["", *(Text(note, "yellow") for note in report.notes)]
     return View(parts)
 
 
-@dataclass(frozen=True)
-class _BakeRow:
-    """What is shown of one baked target, None where it is not known."""
-
-    target: str
-    adapter: str
-    changed: int | None
-    total: int | None
-    ratio: float | None
-    loss: float | None
-    words: tuple[str, ...]
-
-    @classmethod
-    def of(cls, row: Any) -> _BakeRow:
-        changed = getattr(row, "changed", None)
-        words: tuple[str, ...] = ()
-        if getattr(row, "dead", False):
-            words = ("still zero",)
-        elif getattr(row, "lost", False):
-            words = ("lost in rounding",)
-        elif changed == 0:
-            words = ("unchanged",)
-        return cls(
-            str(row.target),
-            str(getattr(row, "adapter", "")),
-            changed,
-            getattr(row, "total", None),
-            getattr(row, "ratio", getattr(row, "relative_norm", None)),
-            getattr(row, "loss", getattr(row, "rounding_loss", None)),
-            words,
-        )
+def _words(row: BakedTarget) -> tuple[str, ...]:
+    if row.dead:
+        return ("still zero",)
+    if row.lost:
+        return ("lost in rounding",)
+    return ("unchanged",) if row.changed == 0 else ()
 
 
-def _bake_line(group: Group[_BakeRow], with_adapter: bool) -> Row:
+def _line(
+    group: Group[BakedTarget], with_adapter: bool, norm: figures.Write, loss: figures.Write
+) -> Row:
     items = group.items
-    figure = (
-        _sum([r.changed for r in items]),
-        _sum([r.total for r in items]),
-        figures.span((r.ratio for r in items), digits=2),
-        figures.most((r.loss for r in items), digits=2),
+    cells = (
+        figures.count(sum(r.changed for r in items)),
+        figures.count(sum(r.total for r in items)),
+        figures.span((r.relative_norm for r in items), norm),
+        figures.most((r.rounding_loss for r in items), loss),
     )
     lead = (items[0].adapter,) if with_adapter else ()
-    return Row(group.segments, (*lead, *figure), len(items), items[0].words)
+    return Row(group.segments, (*lead, *cells), len(items), _words(items[0]))
 
 
-def _written(report: Any) -> list[RenderableType]:
+def _written(report: BakeReport) -> Text:
     """Where the result is, its size, and whether it was read again."""
-    path, size = getattr(report, "path", None), getattr(report, "bytes", None)
-    if path is None:
-        return []
-    facts = [figures.size(size)] if size is not None else []
-    if (files := len(getattr(report, "files", ()))) > 1:
-        facts.append(f"{files} files")
-    if getattr(report, "verified", False):
-        facts.append("verified")
-    line = Text(str(path), "bold")
-    return [line.append(f" · {' · '.join(facts)}", "not bold") if facts else line]
-
-
-def _sum(values: Sequence[int | None]) -> str:
-    return figures.count(sum(v for v in values if v is not None)) if None not in values else ""
+    facts = [figures.size(report.bytes)]
+    facts += [f"{len(report.files)} files"] if len(report.files) > 1 else []
+    facts += ["verified"] if report.verified else []
+    return Text(str(report.path), "bold").append(f" · {' · '.join(facts)}", "not bold")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.report.norms import measure
-from lora_param.report.rows import Stats, TargetRow, WeightRow
+from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.targets.weights import Weight, count_base
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def collect(
     base_array: Callable[[str], Array] | None = None,
     *,
     source: str = "",
+    name: str = "",
     notes: Iterable[str] = (),
     unfrozen: int = 0,
     measured: bool = True,
@@ -51,6 +52,7 @@ def collect(
         adapters: what is on it, or in the file.
         base_array: gives a weight's values, for ‖W‖; None where they are not to be read.
         source: what it is about.
+        name: what the base is called, or the adapter where it is alone.
         notes: sentences to show with it.
         unfrozen: number of base elements that train.
         measured: compute ‖ΔW‖ and effective rank.
@@ -64,8 +66,8 @@ def collect(
         for key in adapter.targets:
             row = _row(adapter, key, base_array, measured)
             rows.append(row)
-            for name in (adapter.targets[key].target.name, *row.also):
-                on_weight.setdefault(name, []).append(key)
+            for weight in (adapter.targets[key].target.name, *row.also):
+                on_weight.setdefault(weight, []).append(key)
             if progress:
                 progress(len(rows), total, key)
     listed = tuple(
@@ -73,7 +75,7 @@ def collect(
         for w in (weights or {}).values()
     )
     base = count_base(weights) if weights is not None else 0
-    return Stats(tuple(rows), base, listed, source, tuple(notes), unfrozen)
+    return Stats(tuple(rows), base, listed, source, tuple(notes), unfrozen, name)
 
 
 def _row(

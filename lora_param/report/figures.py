@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["count", "most", "number", "percent", "plural", "shape", "size", "span"]
+__all__ = [
+    "Write",
+    "aligned",
+    "count",
+    "most",
+    "number",
+    "percent",
+    "plural",
+    "shape",
+    "size",
+    "span",
+]
+
+Write = Callable[[float | None], str]
 
 
 def count(value: int) -> str:
@@ -49,7 +62,37 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}"
 
 
-def span(values: Iterable[float | None], digits: int = 3) -> str:
+def aligned(values: Iterable[float | None]) -> Write:
+    """What writes the numbers of one column, all with the same decimals; None as nothing.
+
+    The greatest has three significant digits, the least two where that takes no more than two
+    further decimals; numbers that no such decimals can show are all written as powers of ten.
+
+    >>> write = aligned([0.0123, 0.4, None])
+    >>> write(0.0123), write(0.4), write(0), write(None), write(float("nan"))
+    ('0.012', '0.400', '0.000', '', 'NaN')
+    >>> [aligned([8, 16])(8), aligned([1e-9, 2])(2)]
+    ['8', '2.00e+00']
+    """
+    known = [abs(v) for v in values if v and math.isfinite(v)]
+    least, greatest = min(known, default=1.0), max(known, default=1.0)
+    first = 2 - math.floor(math.log10(greatest))
+    decimals = max(0, min(max(first, 1 - math.floor(math.log10(least))), first + 2))
+    form = f",.{decimals}f"
+    if greatest < 1e6 and all(v == int(v) for v in known):
+        form = ",.0f"
+    elif greatest >= 1e6 or decimals > 6 or least < 0.5 * 10.0**-decimals:
+        form = ".2e"
+
+    def write(value: float | None) -> str:
+        if value is None or math.isnan(value):
+            return "" if value is None else "NaN"
+        return f"{value:{form}}" if math.isfinite(value) else "∞" if value > 0 else "-∞"
+
+    return write
+
+
+def span(values: Iterable[float | None], write: Callable[[float], str] = number) -> str:
     """Measured numbers as one, or as least–greatest where they differ; "" for none at all.
 
     >>> span([0.01, None, 0.02]), span([2, 2]), span([None])
@@ -59,20 +102,20 @@ def span(values: Iterable[float | None], digits: int = 3) -> str:
     if not known:
         return ""
     if bad := [v for v in known if not math.isfinite(v)]:
-        return number(bad[0])
-    least, greatest = number(min(known), digits), number(max(known), digits)
+        return write(bad[0])
+    least, greatest = write(min(known)), write(max(known))
     return least if least == greatest else f"{least}–{greatest}"
 
 
-def most(values: Iterable[float | None], digits: int = 3) -> str:
+def most(values: Iterable[float | None], write: Callable[[float], str] = number) -> str:
     """The greatest of measured numbers, said to be that where they differ.
 
     >>> most([1e-4, 3e-4]), most([2e-4]), most([])
     ('≤ 0.0003', '0.0002', '')
     """
     known = [v for v in values if v is not None]
-    text = span(known, digits)
-    return f"≤ {number(max(known), digits)}" if "–" in text else text
+    text = span(known, write)
+    return f"≤ {write(max(known))}" if "–" in text else text
 
 
 def shape(sizes: Sequence[int]) -> str:

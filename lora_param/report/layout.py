@@ -11,10 +11,10 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from lora_param.report import figures
-from lora_param.report.data import StatsData
+from lora_param.report.stats import Stats
 from lora_param.report.tree import printable
 
-__all__ = ["View", "plain_text", "remarks", "share_line", "split_common"]
+__all__ = ["Indented", "View", "plain_text", "remarks", "share_line", "split_common"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,20 @@ class View:
             for line in printable(part, options).wrap(console, options.max_width):
                 line.rstrip()
                 yield line
+
+
+@dataclass(frozen=True)
+class Indented:
+    """A text whose lines all begin some columns to the right. A Rich renderable."""
+
+    text: Text
+    columns: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(options.max_width - self.columns, 1)
+        for line in printable(self.text, options).wrap(console, width):
+            line.rstrip()
+            yield Text(" " * self.columns).append_text(line)
 
 
 def plain_text(view: RenderableType, width: int | None = None) -> str:
@@ -70,7 +84,7 @@ def split_common(
     return common, varying
 
 
-def remarks(stats: StatsData) -> list[tuple[str, str]]:
+def remarks(stats: Stats) -> list[tuple[str, str]]:
     """What is out of the ordinary, counted, in words, each with "warning" or "error"."""
     total = figures.plural(len(stats.rows), "target")
     bad = sum(not row.finite for row in stats.rows)

@@ -14,18 +14,21 @@ from rich.text import Text
 from lora_param.report import figures
 from lora_param.report.baked import bake_view
 from lora_param.report.collapse import Group, collapse
-from lora_param.report.data import StatsData, TargetRow, WeightRow
 from lora_param.report.layout import View, plain_text, remarks, share_line, split_common
+from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.report.tree import Column, Facts, Row, TreeTable
+from lora_param.report.verdict import verdict_view
+from lora_param.report.verified import verification_view
 from lora_param.targets.plan import LeftOut, PatternCount, Plan, PlannedTarget
 
-__all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view"]
+__all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view", "verdict_view"]
+__all__ += ["verification_view"]
 
 
 # --- stats ------------------------------------------------------------------------------------
 
 
-def stats_view(stats: StatsData, *, weights: bool = True) -> RenderableType:
+def stats_view(stats: Stats, *, weights: bool = True) -> RenderableType:
     """What is in a model, an adapter, or both.
 
     Args:
@@ -70,15 +73,25 @@ def _target_parts(rows: Sequence[TargetRow]) -> list[RenderableType]:
     ]
     shown += [Column("trainable"), Column("‖ΔW‖", optional=True), Column("‖ΔW‖/‖W‖")]
     shown += [Column("eff. rank", optional=True)]
+    measures: Sequence[Callable[[TargetRow], float | None]] = (
+        lambda r: r.update_norm,
+        lambda r: r.ratio,
+        lambda r: r.effective_rank,
+    )
+    written = [(of, figures.aligned(map(of, rows))) for of in measures]
+    shows = [show for _, show in varying]
     return [
         Facts([figures.plural(len(rows), "target"), *common]),
         "",
-        TreeTable(shown, [_target_line(g, [show for _, show in varying], marked) for g in groups]),
+        TreeTable(shown, [_target_line(g, shows, written, marked) for g in groups]),
     ]
 
 
 def _target_line(
-    group: Group[TargetRow], varying: Sequence[Callable[[TargetRow], str]], marked: bool
+    group: Group[TargetRow],
+    varying: Sequence[Callable[[TargetRow], str]],
+    written: Sequence[tuple[Callable[[TargetRow], float | None], figures.Write]],
+    marked: bool,
 ) -> Row:
     first = group.items[0]
     return Row(
@@ -87,22 +100,20 @@ def _target_line(
             figures.shape(first.shape),
             *(show(first) for show in varying),
             figures.count(sum(r.trainable for r in group.items)),
-            figures.span(r.update_norm for r in group.items),
-            figures.span((r.ratio for r in group.items), digits=2),
-            figures.span((r.effective_rank for r in group.items), digits=2),
+            *(figures.span(map(of, group.items), write) for of, write in written),
         ),
         len(group.items),
         first.words if marked else (),
     )
 
 
-def _warnings(stats: StatsData) -> list[RenderableType]:
+def _warnings(stats: Stats) -> list[RenderableType]:
     styles = {"warning": "yellow", "error": "bold red"}
     lines: list[RenderableType] = [Text(text, styles[kind]) for text, kind in remarks(stats)]
     return ["", *lines] if lines else []
 
 
-def _weight_parts(stats: StatsData) -> list[RenderableType]:
+def _weight_parts(stats: Stats) -> list[RenderableType]:
     columns: list[tuple[str, Callable[[WeightRow], str]]] = [("dtype", lambda w: w.dtype)]
     common, varying = split_common(stats.weights, columns)
 

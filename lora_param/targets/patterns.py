@@ -22,9 +22,10 @@ from typing import Literal
 
 from lora_param.errors import OptionError, PatternError
 from lora_param.targets.regions import SliceText, parse_slice, split_slice
+from lora_param.targets.settings import SETTINGS
 from lora_param.targets.weights import Weight
 
-__all__ = ["SETTINGS", "Pattern", "parse_pattern"]
+__all__ = ["Pattern", "parse_pattern"]
 
 Kind = Literal["name", "glob", "regex", "type", "all-linear"]
 
@@ -33,14 +34,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _MAX_ALTERNATIVES = 100_000
 
-SETTINGS: Mapping[str, type] = {
-    "rank": int,
-    "alpha": float,
-    "scaling": str,
-    "dropout": float,
-    "init": str,
-    "variant": str,
-}
+_SETTINGS = {name: s.kind for name, s in SETTINGS.items() if s.in_pattern}
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,7 @@ def parse_pattern(text: str) -> Pattern:
             raise PatternError(
                 text,
                 f"{head!r} is neither 're', 'type' nor a pattern with settings "
-                f"({', '.join(SETTINGS)})",
+                f"({', '.join(_SETTINGS)})",
             )
         if bad := re.search(r"[\[\]\s]", body):
             raise PatternError(
@@ -175,12 +169,12 @@ def _parse_settings(text: str, pattern: str) -> dict[str, object]:
     settings: dict[str, object] = {}
     for item in text.split(","):
         key, _, value = item.partition("=")
-        if key not in SETTINGS:
-            raise PatternError(pattern, f"{key!r} is not a setting ({', '.join(SETTINGS)})")
+        if key not in _SETTINGS:
+            raise PatternError(pattern, f"{key!r} is not a setting ({', '.join(_SETTINGS)})")
         try:
-            settings[key] = SETTINGS[key](value.strip())
+            settings[key] = _SETTINGS[key](value.strip())
         except ValueError:
-            raise OptionError(f"{key} in {pattern!r}", value, SETTINGS[key].__name__) from None
+            raise OptionError(f"{key} in {pattern!r}", value, _SETTINGS[key].__name__) from None
     return settings
 
 

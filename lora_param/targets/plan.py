@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lora_param.errors import (
     OptionError,
@@ -16,6 +16,7 @@ from lora_param.errors import (
     TargetError,
     TiedWeightsError,
 )
+from lora_param.printing import Printed
 from lora_param.targets.patterns import parse_pattern
 from lora_param.targets.regions import Region, Target
 from lora_param.targets.selection import PatternCount, Selection
@@ -78,8 +79,8 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `apply` would do.
+class Plan(Printed):
+    """What `apply` would do. Prints itself, as `apply --dry-run` does; `to_dict` gives it as data.
 
     Attributes:
         targets: in the order of the model's names.
@@ -92,6 +93,7 @@ class Plan:
     counts: tuple[PatternCount, ...]
     left_out: tuple[LeftOut, ...]
     base: int
+    view: ClassVar[str] = "plan_view"
 
     @property
     def trainable(self) -> int:
@@ -134,12 +136,9 @@ class Plan:
             "factor_bytes": self.factor_bytes,
         }
 
-    def __str__(self) -> str:
-        lines = [f"{c.pattern}: {c.matched} matched" for c in self.counts]
-        lines += [f"{t.target}: {_rank(t)}" for t in self.targets]
-        lines += [f"{item.name}: left out, {item.reason}" for item in self.left_out]
-        lines.append(f"trainable {self.trainable:,} of {self.base:,} ({self.percent:.2f} %)")
-        return "\n".join(lines)
+    def __repr__(self) -> str:
+        share = f"trainable {self.trainable:,} of {self.base:,} ({self.percent:.2f} %)"
+        return f"<Plan: {len(self.targets)} targets, {share}>"
 
 
 def make_plan(
@@ -202,13 +201,6 @@ def _planned(target: Target, weight: Weight, asked: Settings, pattern: str) -> P
     settings = asked.capped(target.region.matrix(weight.shape))
     rank = asked.rank if settings.rank != asked.rank else None
     return PlannedTarget(target, weight, settings, pattern, asked=rank)
-
-
-def _rank(t: PlannedTarget) -> str:
-    if t.asked is None:
-        return f"rank {t.settings.rank}"
-    *_, rows, columns = t.matrix
-    return f"rank {t.settings.rank} instead of {t.asked}, which its {rows} × {columns} cannot have"
 
 
 def _check_overlaps(planned: Sequence[PlannedTarget]) -> None:

@@ -1,18 +1,42 @@
-"""How a target is adapted: rank, alpha, scaling, dropout, initialisation and variant."""
+"""How a target is adapted: rank, alpha, scaling, dropout, initialisation and variant.
+
+A field of `Settings` declares a setting: its name, type, default and accepted values, its help, and
+where it may stand. What `apply` and its like take, the command line's options, the settings of
+patterns, the fields of the adapter file and the tables of the docs follow from it. Type checkers
+read `SettingsOptions` below it, which repeats name and type: they cannot see the one in the other.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypedDict
 
 from lora_param.errors import OptionError
 
-__all__ = ["FROM_WEIGHT", "INITIAL", "INITS", "SCALINGS", "VARIANTS", "Settings", "parse_init"]
-__all__ += ["scale_of"]
+__all__ = [
+    "FROM_WEIGHT",
+    "INITIAL",
+    "INITS",
+    "SCALINGS",
+    "SETTINGS",
+    "VARIANTS",
+    "Setting",
+    "Settings",
+    "SettingsOptions",
+    "parse_init",
+    "scale_of",
+]
 
 INITS = ("kaiming", "he", "normal", "orthogonal", "pissa", "olora")
-SCALINGS = ("standard", "rslora", "constant")
+SCALINGS: Mapping[str, tuple[str, Callable[[float, int], float]]] = {
+    "standard": ("alpha/rank", lambda alpha, rank: alpha / rank),
+    "rslora": ("alpha/√rank", lambda alpha, rank: alpha / math.sqrt(rank)),
+    "constant": ("alpha", lambda alpha, _: float(alpha)),
+}
+"""Scaling → what multiplies B @ A, in words and of alpha and rank."""
+
 VARIANTS: Mapping[str, Mapping[str, str]] = {
     "lora": {"lora_A": "rank in", "lora_B": "out rank"},
     "dora": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "out"},
@@ -38,13 +62,12 @@ def scale_of(alpha: float, rank: int, scaling: str) -> float:
     >>> scale_of(16, 4, "standard"), scale_of(16, 4, "rslora"), scale_of(16, 4, "constant")
     (4.0, 8.0, 16.0)
     """
-    if scaling == "standard":
-        return alpha / rank
-    if scaling == "rslora":
-        return alpha / math.sqrt(rank)
-    if scaling == "constant":
-        return float(alpha)
-    raise OptionError("scaling", scaling, ", ".join(SCALINGS))
+    if scaling not in SCALINGS:
+        raise OptionError("scaling", scaling, ", ".join(SCALINGS))
+    return SCALINGS[scaling][1](alpha, rank)
+
+
+_INITS = [f"{name}:STD" if name == "normal" else name for name in INITS]  # as they are written
 
 
 def parse_init(init: str) -> tuple[str, float | None]:
@@ -57,7 +80,7 @@ def parse_init(init: str) -> tuple[str, float | None]:
     ('normal', 0.02)
     """
     name, colon, text = init.partition(":")
-    accepted = ", ".join(f"{n}:STD" if n == "normal" else n for n in INITS)
+    accepted = ", ".join(_INITS)
     if name not in INITS or (colon and name != "normal"):
         raise OptionError("init", init, accepted)
     try:
@@ -69,6 +92,63 @@ def parse_init(init: str) -> tuple[str, float | None]:
     return name, argument
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is declared of a setting.
+
+    Attributes:
+        default: its value where none is given; its type is the setting's.
+        help: one sentence or two, for the command line and the docs.
+        accepted: what it may be, for errors.
+        check: true for a value of its type that it may be; or raises an OptionError that says more.
+        flag: a short option on the command line.
+        in_pattern: it may be set in a pattern, as in `q_proj:rank=4`.
+        in_file: the adapter file keeps it.
+        essential: in a file, a value other than the default changes what the adapter means: a
+            version that does not know the setting must refuse the file.
+    """
+
+    default: int | float | str
+    help: str
+    accepted: str
+    check: Callable[[Any], object]
+    flag: str = ""
+    in_pattern: bool = True
+    in_file: bool = True
+    essential: bool = True
+
+    @property
+    def kind(self) -> type[int] | type[float] | type[str]:
+        """Its type, which also reads it from text."""
+        return type(self.default)
+
+    def checked(self, name: str, value: object) -> int | float | str:
+        """The value, a whole number as a float where the setting is one.
+
+        Raises:
+            OptionError: it is none of the accepted ones.
+        """
+        if self.kind is float and not isinstance(value, str | bool):
+            try:
+                value = float(value)  # type: ignore[arg-type]  # NumPy's and torch's numbers too
+            except (TypeError, ValueError):
+                raise OptionError(name, value, self.accepted) from None
+        if isinstance(value, bool) or not isinstance(value, self.kind) or not self.check(value):
+            raise OptionError(name, value, self.accepted)
+        return value
+
+
+def _setting(*args: Any, **more: Any) -> Any:
+    """A field of `Settings`; takes what `Setting` takes."""
+    declared = Setting(*args, **more)
+    return field(default=declared.default, metadata={"setting": declared})
+
+
+def _one_of(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How one target is adapted; the defaults are the design's.
@@ -77,27 +157,61 @@ class Settings:
         OptionError: a value outside what is accepted.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    scaling: str = "standard"
-    dropout: float = 0.0
-    init: str = "kaiming"
-    variant: str = "lora"
+    rank: int = _setting(
+        8,
+        "Rows of A and columns of B; at most min(out, in).",
+        "a whole number of at least 1",
+        lambda rank: rank >= 1,
+        flag="-r",
+    )
+    alpha: float = _setting(
+        16.0,
+        "Strength: multiplies B @ A by alpha/rank. Give it with the rank: 16 at rank 1 is 16-fold.",
+        "a finite number above 0",
+        lambda alpha: math.isfinite(alpha) and alpha > 0,
+    )
+    scaling: str = _setting(
+        "standard",
+        f"Scale: {_one_of(f'{name} ({words})' for name, (words, _) in SCALINGS.items())}.",
+        ", ".join(SCALINGS),
+        SCALINGS.__contains__,
+    )
+    dropout: float = _setting(
+        0.0,
+        "Dropout on the input of A in training.",
+        "a number from 0 up to, not including, 1",
+        lambda dropout: 0 <= dropout < 1,
+        essential=False,
+    )
+    init: str = _setting(
+        "kaiming",
+        f"What the factors start as: {_one_of(_INITS)}.",
+        ", ".join(_INITS),
+        parse_init,
+        essential=False,
+    )
+    variant: str = _setting(
+        "lora",
+        f"How the factors make the update: {_one_of(VARIANTS)}.",
+        ", ".join(VARIANTS),
+        VARIANTS.__contains__,
+    )
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise OptionError("rank", self.rank, "a whole number of at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise OptionError("alpha", self.alpha, "a finite number above 0")
-        if not 0 <= self.dropout < 1:
-            raise OptionError("dropout", self.dropout, "a number from 0 up to, not including, 1")
-        scale_of(self.alpha, self.rank, self.scaling)
-        parse_init(self.init)
-        if self.variant not in VARIANTS:
-            raise OptionError("variant", self.variant, ", ".join(VARIANTS))
+        for name, setting in SETTINGS.items():
+            value = getattr(self, name)
+            checked = setting.checked(name, value)
+            if checked is not value:
+                object.__setattr__(self, name, checked)
         if self.init != "kaiming" and "lora_A" not in VARIANTS[self.variant]:
             expected = f"kaiming, the default: {self.variant} has no A to initialise"
             raise OptionError("init", self.init, expected)
+
+    def __repr__(self) -> str:
+        """Rank and alpha, and what is not the default."""
+        shown = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        told = [f"{n}={v!r}" for n, v, default in shown if v != default or n in ("rank", "alpha")]
+        return f"Settings({', '.join(told)})"
 
     @property
     def scale(self) -> float:
@@ -111,7 +225,7 @@ class Settings:
         is written down as itself, since alpha/rank of another rank may round to another number.
 
         >>> Settings(rank=8).capped((2, 16))
-        Settings(rank=2, alpha=2.0, scaling='constant', dropout=0.0, init='kaiming', variant='lora')
+        Settings(rank=2, alpha=2.0, scaling='constant')
         """
         limit = min(matrix[-2:])
         if self.rank <= limit:
@@ -135,3 +249,18 @@ class Settings:
         """Shapes of what is kept beside it and never trains: the initial pair, or nothing."""
         shapes = self.shapes(matrix) if self.init in FROM_WEIGHT else {}
         return {name: shapes[factor] for name, factor in INITIAL.items() if factor in shapes}
+
+
+SETTINGS: Mapping[str, Setting] = {f.name: f.metadata["setting"] for f in fields(Settings)}
+"""Every setting, by its name."""
+
+
+class SettingsOptions(TypedDict, total=False):
+    """The settings as keywords, for type checkers: `**options: Unpack[SettingsOptions]`."""
+
+    rank: int
+    alpha: float
+    scaling: str
+    dropout: float
+    init: str
+    variant: str

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_param.errors import ComputedWeightError, InternalError
 from lora_param.weight.base import dense, logical_dtype, logical_shape, storage_of
+from lora_param.weight.computed import Computed, protect, refuse_writes
 from lora_param.weight.update import Deferred, NormalForm, Update, lower_all, merge
 
 __all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "built", "implements", "lower"]
@@ -60,12 +61,9 @@ _NO_DROPOUT = (
     "only some operations show (F.linear does)"
 )
 _LAYOUT = {Tensor.stride, Tensor.is_contiguous}
-_IN_PLACE = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
-_WRITES = {"__setitem__", "__set__", "__delete__", "retain_grad"}
-_WRITES |= {f"__i{name}__" for name in _IN_PLACE.split()}
 
 
-class AdaptedWeight(Tensor):
+class AdaptedWeight(Computed):
     """A tensor equal to α ∘ W + ΔW of each update, built only where an operation needs the matrix.
 
     Two classes make it: this one can be traced by torch.compile and is made while compiling; the
@@ -114,9 +112,11 @@ class AdaptedWeight(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if not torch.compiler.is_dynamo_compiling():  # which cannot trace the check
-            _refuse_writes(func, args, kwargs)
-        return func(*_build_all(args), **_build_all(kwargs))
+        if torch.compiler.is_dynamo_compiling():  # which cannot trace the checks
+            return func(*_build_all(args), **_build_all(kwargs))
+        refuse_writes(func, args, kwargs)
+        built: list[Tensor] = []
+        return protect(func(*_build_all(args, built), **_build_all(kwargs, built)), built)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AdaptedWeight({self.build()!r}, updates={len(self.updates)})"
@@ -285,31 +285,23 @@ def _grad(weight: AdaptedWeight, *_: object) -> None:
     """A computed tensor gathers no gradient; W and the factors do."""
 
 
-def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    name = getattr(func, "__name__", "")
-    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-    written = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
-    if (in_place and isinstance(written, AdaptedWeight)) or any(
-        isinstance(t, AdaptedWeight) for t in _flat(kwargs.get("out"))
-    ):
-        raise ComputedWeightError("assignment" if name == "__set__" else name)
+def _build_all(value: Any, built: list[Tensor] | None = None, *, grad_lost: bool = False) -> Any:
+    """`value` with every adapted weight in it built, at any depth of tuples, lists and dicts.
 
-
-def _flat(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (tuple, list)) else (value,)
-
-
-def _build_all(value: Any, *, grad_lost: bool = False) -> Any:
-    """`value` with every adapted weight in it built, at any depth of tuples, lists and dicts."""
+    What is built is added to the list `built`.
+    """
     if isinstance(value, AdaptedWeight):
         if grad_lost and torch.is_grad_enabled() and value.differentiable:
             raise InternalError("an operation reached an adapted weight below autograd")
-        return value.build()
+        W = value.build()
+        if built is not None:
+            built.append(W)
+        return W
     if isinstance(value, (tuple, list)):
-        items = [_build_all(v, grad_lost=grad_lost) for v in value]
+        items = [_build_all(v, built, grad_lost=grad_lost) for v in value]
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*items)
         return type(value)(items)
     if isinstance(value, dict):
-        return {k: _build_all(v, grad_lost=grad_lost) for k, v in value.items()}
+        return {k: _build_all(v, built, grad_lost=grad_lost) for k, v in value.items()}
     return value

@@ -8,9 +8,9 @@ from assets import EFFICIENTNET, MINILM, RESEMBLYZER, SCEPTR, find_asset, need
 from checkpoint_samples import expected, trained
 from safetensors.torch import load_file
 
+from lora_param.api_files import bake_checkpoint
 from lora_param.checkpoint.create import create_adapter
 from lora_param.formats import read_adapter, toggle_file, write_adapter
-from lora_param.formats.bake import bake_checkpoint
 
 pytestmark = pytest.mark.assets
 

@@ -12,7 +12,7 @@ from checkpoint_samples import disabled, expected, trained, weights
 from safetensors.torch import load_file, save_file
 from test_checkpoint_shards import shard
 
-from lora_param.checkpoint.bake import bake_adapters
+from lora_param.api_files import bake_checkpoint
 from lora_param.checkpoint.create import create_adapter
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import (
@@ -45,7 +45,7 @@ def check(baked, adapter, keys=TARGETS, original=None):
 def test_safetensors(base, adapter, tmp_path):
     out = tmp_path / "out.safetensors"
     seen = []
-    report = bake_adapters(
+    report = bake_checkpoint(
         base, [(adapter, 1.0)], out, verify=True, progress=lambda *args: seen.append(args)
     )
     check(load_file(out), adapter)
@@ -60,7 +60,7 @@ def test_safetensors(base, adapter, tmp_path):
 
 
 def test_report_measures_each_target(base, adapter, tmp_path):
-    report = bake_adapters(base, [(adapter, 1.0)], tmp_path / "o.safetensors")
+    report = bake_checkpoint(base, [(adapter, 1.0)], tmp_path / "o.safetensors")
     for row in report.rows:
         W = weights()[row.target].float()
         f = adapter.factors(row.target)
@@ -78,37 +78,37 @@ def test_report_measures_each_target(base, adapter, tmp_path):
 def test_disabled_targets_add_nothing(base, adapter, tmp_path):
     out = tmp_path / "o.safetensors"
     off = disabled(adapter)
-    report = bake_adapters(base, [(off, 1.0)], out)
+    report = bake_checkpoint(base, [(off, 1.0)], out)
     assert out.read_bytes() == base.read_bytes()
     assert report.rows == ()
     assert report.disabled == tuple(TARGETS)
     assert "No target is enabled" in report.notes[0]
     half = disabled(adapter, "a.q.weight")
-    report = bake_adapters(base, [(half, 1.0)], out, force=True)
+    report = bake_checkpoint(base, [(half, 1.0)], out, force=True)
     check(load_file(out), adapter, TARGETS[1:])
     assert report.disabled == ("a.q.weight",)
 
 
 def test_dead_and_lost_updates_are_seen(base, adapter, tmp_path):
     _, fresh = create_adapter(base, ["q"], rank=2, seed=0, name="fresh")
-    report = bake_adapters(base, [(fresh, 1.0)], tmp_path / "o.safetensors")
+    report = bake_checkpoint(base, [(fresh, 1.0)], tmp_path / "o.safetensors")
     assert report.dead == ("fresh",)
     assert report.changed == 0
     assert report.lost == ()
     tiny = replace(adapter, tensors={k: t * 1e-6 for k, t in adapter.tensors.items()})
-    report = bake_adapters(base, [(tiny, 1.0)], tmp_path / "p.safetensors")
+    report = bake_checkpoint(base, [(tiny, 1.0)], tmp_path / "p.safetensors")
     assert "a.v.weight" in report.lost
     assert report.dead == ()
     assert any("Too small" in note for note in report.notes)
     _, pissa = create_adapter(base, ["a.q"], rank=2, init="pissa", name="pissa")
-    report = bake_adapters(base, [(pissa, 1.0)], tmp_path / "q.safetensors")
+    report = bake_checkpoint(base, [(pissa, 1.0)], tmp_path / "q.safetensors")
     assert report.dead == ("pissa",)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", torch.float16, "float64"])
 def test_dtype_rounds_once(dtype, base, adapter, tmp_path):
     out = tmp_path / "o.safetensors"
-    bake_adapters(base, [(adapter, 1.0)], out, dtype=dtype, verify=True)
+    bake_checkpoint(base, [(adapter, 1.0)], out, dtype=dtype, verify=True)
     wanted = {"bf16": torch.bfloat16, "float64": torch.float64}.get(dtype, dtype)
     baked = load_file(out)
     for name, W in weights().items():
@@ -117,20 +117,20 @@ def test_dtype_rounds_once(dtype, base, adapter, tmp_path):
         assert same(baked[name], want), name
     assert open_checkpoint(out).metadata == {"format": "pt", "note": "é"}
     with pytest.raises(OptionError, match="int8"):
-        bake_adapters(base, [(adapter, 1.0)], out, dtype="int8")
+        bake_checkpoint(base, [(adapter, 1.0)], out, dtype="int8")
 
 
 def test_a_cast_that_overflows_is_refused(adapter, tmp_path):
     path = tmp_path / "loud.safetensors"
     save_file(weights() | {"bias": torch.tensor([1e5, float("inf")])}, path)
     with pytest.raises(NonFiniteError, match=r"bias, stored as torch\.float16"):
-        bake_adapters(path, [(adapter, 1.0)], tmp_path / "o.safetensors", dtype="fp16")
-    bake_adapters(path, [(adapter, 1.0)], tmp_path / "o.safetensors", dtype="bf16", verify=True)
+        bake_checkpoint(path, [(adapter, 1.0)], tmp_path / "o.safetensors", dtype="fp16")
+    bake_checkpoint(path, [(adapter, 1.0)], tmp_path / "o.safetensors", dtype="bf16", verify=True)
 
 
 def test_adapters_on_one_weight_are_added_in_fp32_and_rounded_once(base, adapter, tmp_path):
     other = trained(adapter, seed=5, size=0.01)
-    bake_adapters(base, [(adapter, 0.5), (other, -2.0)], tmp_path / "o.safetensors")
+    bake_checkpoint(base, [(adapter, 0.5), (other, -2.0)], tmp_path / "o.safetensors")
     W = weights()["a.v.weight"]
     total = W.float()
     for a, weight in ((adapter, 0.5), (other, -2.0)):
@@ -145,7 +145,7 @@ def test_slices_and_stacks(tmp_path):
     save_file(original, tmp_path / "b.safetensors")
     _, fresh = create_adapter(tmp_path / "b.safetensors", ["qkv[0/3]", "experts[*]"], rank=2)
     a = trained(fresh)
-    bake_adapters(tmp_path / "b.safetensors", [(a, 1.0)], tmp_path / "o.safetensors")
+    bake_checkpoint(tmp_path / "b.safetensors", [(a, 1.0)], tmp_path / "o.safetensors")
     baked = load_file(tmp_path / "o.safetensors")
     assert same(baked["qkv"], expected(original["qkv"], a, "qkv[0:3]"))
     assert torch.equal(baked["qkv"][3:], original["qkv"][3:])
@@ -157,7 +157,7 @@ def test_initial_factors_are_subtracted(init, base, tmp_path):
     _, a = create_adapter(base, ["a.q"], rank=2, init=init)
     tensors = dict(a.tensors)
     tensors["a.q.weight.lora_B"] = tensors["a.q.weight.lora_B"] + 0.1
-    bake_adapters(base, [(replace(a, tensors=tensors), 1.0)], tmp_path / "o.safetensors")
+    bake_checkpoint(base, [(replace(a, tensors=tensors), 1.0)], tmp_path / "o.safetensors")
     W = weights()["a.q.weight"]
     f = {k.rpartition(".")[2]: v for k, v in tensors.items()}
     want = W + 2.0 * 4 * (f["lora_B"] @ f["lora_A"] - f["initial_B"] @ f["initial_A"])
@@ -170,7 +170,7 @@ def test_what_does_not_fit_writes_nothing(base, adapter, tmp_path):
 
     def refused(error, *, a=adapter, of=base, **options):
         with pytest.raises(error):
-            bake_adapters(of, [(a, options.pop("weight", 1.0))], out, **options)
+            bake_checkpoint(of, [(a, options.pop("weight", 1.0))], out, **options)
         assert not out.exists()
         assert not list(tmp_path.glob(".*"))
 
@@ -185,7 +185,7 @@ def test_what_does_not_fit_writes_nothing(base, adapter, tmp_path):
     refused(OptionError, weight=float("nan"))
     loud = {k: t * 500 for k, t in adapter.tensors.items()}  # beyond what fp16 holds
     refused(NonFiniteError, a=replace(adapter, tensors=loud))
-    bake_adapters(
+    bake_checkpoint(
         tmp_path / "other.safetensors", [(adapter, 1.0)], out, check_fingerprint=False, verify=True
     )
     check(load_file(out), adapter, original=weights(9))
@@ -204,22 +204,22 @@ def test_where_it_must_not_go(base, adapter, tmp_path):
         (tmp_path / "o.pt", "the input is a .safetensors"),
     ):
         with pytest.raises(OutputError, match=why):
-            bake_adapters(base, pairs, place, force=True)
+            bake_checkpoint(base, pairs, place, force=True)
     (tmp_path / "there.safetensors").write_bytes(b"x")
     with pytest.raises(OutputError, match="--force"):
-        bake_adapters(base, pairs, tmp_path / "there.safetensors")
+        bake_checkpoint(base, pairs, tmp_path / "there.safetensors")
     source = str(tmp_path / "there.safetensors")
     with pytest.raises(OutputError, match="the adapter"):
-        bake_adapters(base, [(replace(adapter, source=source), 1.0)], source, force=True)
+        bake_checkpoint(base, [(replace(adapter, source=source), 1.0)], source, force=True)
     with pytest.raises(OptionError, match="in_place"):
-        bake_adapters(base, pairs)
+        bake_checkpoint(base, pairs)
     with pytest.raises(OptionError, match="at least one"):
-        bake_adapters(base, [], tmp_path / "o.safetensors")
+        bake_checkpoint(base, [], tmp_path / "o.safetensors")
     assert base.read_bytes() == before
 
 
 def test_in_place(base, adapter):
-    report = bake_adapters(base, [(adapter, 1.0)], in_place=True, verify=True)
+    report = bake_checkpoint(base, [(adapter, 1.0)], in_place=True, verify=True)
     check(load_file(base), adapter)
     assert report.path == base
 
@@ -230,7 +230,7 @@ def test_verify_catches_what_is_not_meant(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "tensor_bytes", lambda t: bytes(t.numel() * t.element_size()))
     out = tmp_path / "o.safetensors"
     with pytest.raises(OutputError, match="is not what was written"):
-        bake_adapters(base, [(adapter, 1.0)], out, verify=True)
+        bake_checkpoint(base, [(adapter, 1.0)], out, verify=True)
     assert not out.exists()
 
 
@@ -247,7 +247,7 @@ def test_directories_of_shards(pickled, dtype, tmp_path):
     _, fresh = create_adapter(model, ["a.q"], rank=2, seed=0)
     a = trained(fresh)
     out = tmp_path / "out"
-    report = bake_adapters(model, [(a, 1.0)], out, dtype=dtype, verify=True)
+    report = bake_checkpoint(model, [(a, 1.0)], out, dtype=dtype, verify=True)
     wanted = torch.bfloat16 if dtype else None
     with open_checkpoint(out) as baked:
         for name, W in weights().items():
@@ -282,26 +282,26 @@ def test_directory_rules(base, adapter, tmp_path, monkeypatch):
         (base, "not a directory"),
     ):
         with pytest.raises(OutputError, match=why):
-            bake_adapters(model, pairs, place, force=True)
+            bake_checkpoint(model, pairs, place, force=True)
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("x")
     with pytest.raises(OutputError, match="would be lost"):
-        bake_adapters(model, pairs, other, force=True)
+        bake_checkpoint(model, pairs, other, force=True)
     shutil.copytree(model, tmp_path / "out")
     with pytest.raises(OutputError, match="--force"):
-        bake_adapters(model, pairs, tmp_path / "out")
+        bake_checkpoint(model, pairs, tmp_path / "out")
     (tmp_path / "out" / "extra").write_text("x")
-    report = bake_adapters(model, pairs, tmp_path / "out", force=True)
+    report = bake_checkpoint(model, pairs, tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "extra").exists()
     assert report.notes == ("pytorch_model.bin was copied as it is: baked was model.safetensors.",)
     before = (model / "pytorch_model.bin").read_bytes()
-    bake_adapters(model, pairs, in_place=True)
+    bake_checkpoint(model, pairs, in_place=True)
     check(load_file(model / "model.safetensors"), adapter)
     assert (model / "pytorch_model.bin").read_bytes() == before
     monkeypatch.chdir(tmp_path / "out")
     with pytest.raises(OutputError, match="current directory"):
-        bake_adapters(model, pairs, tmp_path / "out", force=True, check_fingerprint=False)
+        bake_checkpoint(model, pairs, tmp_path / "out", force=True, check_fingerprint=False)
 
 
 def pickled(tmp_path, zipped=True):
@@ -331,7 +331,7 @@ def test_pickles_keep_nesting_ties_and_all_else(zipped, tmp_path):
     _, fresh = create_adapter(path, ["embed", "rnn.a", "p"], rank=2, tied="together", seed=0)
     a = trained(fresh)
     out = tmp_path / "o.pt"
-    report = bake_adapters(path, [(a, 1.0)], out, verify=True)
+    report = bake_checkpoint(path, [(a, 1.0)], out, verify=True)
     assert report.key == "model"
     baked = torch.load(out, weights_only=True)
     state = baked["model"]
@@ -345,7 +345,7 @@ def test_pickles_keep_nesting_ties_and_all_else(zipped, tmp_path):
     assert torch.equal(baked["optimizer"]["state"][0]["exp_avg"], torch.arange(24.0))
     assert list(state) == list(content["model"])
     assert open_checkpoint(path)["rnn.a"][0, 1] == 1  # the input is as it was
-    off = bake_adapters(path, [(disabled(a), 1.0)], tmp_path / "off.pt")
+    off = bake_checkpoint(path, [(disabled(a), 1.0)], tmp_path / "off.pt")
     assert not off.rows
     assert (tmp_path / "off.pt").read_bytes() == path.read_bytes()
 
@@ -354,7 +354,7 @@ def test_a_tie_can_be_adapted_apart(tmp_path):
     path, content = pickled(tmp_path)
     _, fresh = create_adapter(path, ["embed"], rank=2, tied="apart", seed=0)
     a = trained(fresh)
-    bake_adapters(path, [(a, 1.0)], tmp_path / "o.pt", verify=True)
+    bake_checkpoint(path, [(a, 1.0)], tmp_path / "o.pt", verify=True)
     state = torch.load(tmp_path / "o.pt", weights_only=True)["model"]
     w = content["model"]["embed.weight"]
     assert same(state["embed.weight"], expected(w, a, "embed.weight"))
@@ -365,7 +365,7 @@ def test_pickles_do_not_grow_when_weights_share_a_buffer(tmp_path):
     flat = torch.randn(2, 50_000)
     torch.save({"a": flat[0].view(250, 200), "b": flat[1].view(250, 200)}, tmp_path / "b.pt")
     _, fresh = create_adapter(tmp_path / "b.pt", ["a"], rank=2)
-    bake_adapters(tmp_path / "b.pt", [(trained(fresh), 1.0)], tmp_path / "o.pt")
+    bake_checkpoint(tmp_path / "b.pt", [(trained(fresh), 1.0)], tmp_path / "o.pt")
     assert (tmp_path / "o.pt").stat().st_size < 1.05 * (tmp_path / "b.pt").stat().st_size
     again = torch.load(tmp_path / "o.pt", weights_only=True)
     assert torch.equal(again["b"], flat[1].view(250, 200))
@@ -375,13 +375,13 @@ def test_pickles_in_another_dtype(tmp_path):
     path, content = pickled(tmp_path)
     _, fresh = create_adapter(path, ["rnn.a"], rank=2)
     a = trained(fresh)
-    bake_adapters(path, [(a, 1.0)], tmp_path / "o.pt", dtype="bf16", verify=True)
+    bake_checkpoint(path, [(a, 1.0)], tmp_path / "o.pt", dtype="bf16", verify=True)
     state = torch.load(tmp_path / "o.pt", weights_only=True)["model"]
     assert same(state["rnn.a"], expected(content["model"]["rnn.a"], a, "rnn.a", torch.bfloat16))
     assert state["rnn.b"].dtype == state["p"].dtype == torch.bfloat16
     assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
     with pytest.raises(OutputError, match=r"torch\.save"):
-        bake_adapters(path, [(a, 1.0)], tmp_path / "o.safetensors")
+        bake_checkpoint(path, [(a, 1.0)], tmp_path / "o.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -398,7 +398,7 @@ def test_models_built_by_a_call(suffix, tmp_path, monkeypatch):
     _, fresh = create_adapter(spec, ["0"], rank=2, tied="together", seed=0)
     a = trained(fresh)
     out = tmp_path / f"o{suffix}"
-    bake_adapters(spec, [(a, 1.0)], out, verify=True)
+    bake_checkpoint(spec, [(a, 1.0)], out, verify=True)
     state = load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True)
     model = open_checkpoint(spec).module
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -406,9 +406,9 @@ def test_models_built_by_a_call(suffix, tmp_path, monkeypatch):
     assert same(model[2].weight.detach(), expected(before["0.weight"], a, "0.weight"))
     assert same(model[1].running_mean, before["1.running_mean"])
     with pytest.raises(OutputError, match="file of its own"):
-        bake_adapters(spec, [(a, 1.0)], in_place=True)
+        bake_checkpoint(spec, [(a, 1.0)], in_place=True)
     with pytest.raises(OutputError, match=r"none of \.safetensors"):
-        bake_adapters(spec, [(a, 1.0)], tmp_path / "model")
+        bake_checkpoint(spec, [(a, 1.0)], tmp_path / "model")
 
 
 def test_a_failure_midway_leaves_all_as_it_was(base, adapter, tmp_path, monkeypatch):
@@ -427,7 +427,7 @@ def test_a_failure_midway_leaves_all_as_it_was(base, adapter, tmp_path, monkeypa
     monkeypatch.setattr(Merging, "merge", fails_second)
     before = base.read_bytes()
     with pytest.raises(OutputError, match="No space left"):
-        bake_adapters(base, [(adapter, 1.0)], in_place=True)
+        bake_checkpoint(base, [(adapter, 1.0)], in_place=True)
     assert base.read_bytes() == before
     assert list(tmp_path.iterdir()) == [base]
     assert isinstance(base, Path)
@@ -439,14 +439,14 @@ def test_a_side_file_that_cannot_be_copied_is_named(base, adapter, tmp_path):
     shutil.copy(base, model / "model.safetensors")
     (model / "vocab.txt").symlink_to("gone.txt")
     with pytest.raises(OutputError, match=r"vocab\.txt cannot be copied"):
-        bake_adapters(model, [(adapter, 1.0)], tmp_path / "out")
+        bake_checkpoint(model, [(adapter, 1.0)], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "model"]
 
 
 KILLED = """
 import sys, time
+from lora_param.api_files import bake_checkpoint
 from lora_param.checkpoint.merging import Merging
-from lora_param.formats.bake import bake_checkpoint
 whole, count = Merging.merge, 0
 def slow(self, *args):
     global count
@@ -475,4 +475,4 @@ def test_a_bake_killed_midway_leaves_the_old_checkpoint(kind, base, adapter, tmp
         assert process.stdout.readline() == "midway\n"
         process.kill()
     assert {p: p.read_bytes() for p in before} == before
-    bake_adapters(model, [(adapter, 1.0)], in_place=True, verify=True)
+    bake_checkpoint(model, [(adapter, 1.0)], in_place=True, verify=True)

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -588,3 +589,39 @@ def test_real_pickles(
     assert cli("disable", adapter).status == 0
     assert cli("bake", base, adapter, "-o", out, "--force", "--no-sync").status == 0
     assert filecmp.cmp(base, out, shallow=False)
+
+
+def test_print_of_a_plan_is_what_dry_run_shows(cli: Cli) -> None:
+    for patterns in (["fc1"], ["fc1", "q_proj:rank=4", "!fc10"], ["all-linear"]):
+        targets = [a for p in patterns for a in ("-t", p)]
+        done = cli("apply", "m.safetensors", *targets, "-r", 2, "--dry-run")
+        assert done.out == f"{lp.plan('m.safetensors', patterns, rank=2)}\n"
+
+
+def test_a_bake_prints_its_report(cli: Cli) -> None:
+    done = cli("bake", "m.safetensors", "a.safetensors", "-o", "o.safetensors")
+    report = lp.bake_checkpoint("m.safetensors", ["a.safetensors"], "o.safetensors", force=True)
+    assert done.out == f"{report}\n"
+
+
+def zero_A(path: Path) -> None:
+    """A trained B on an A that is all zero."""
+    adapter = lp.read_adapter(path)
+    tensors = {k: t * (0 if k.endswith("lora_A") else 1) for k, t in adapter.tensors.items()}
+    lp.write_adapter(replace(adapter, tensors=tensors), path)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_dead_means_the_same_to_stats_and_bake(variant: str, cli: Cli) -> None:
+    """Zero A with a trained B, zero B, and factors that are trained."""
+    for name, change in (("zero_A", zero_A), ("fresh", lambda _: None), ("trained", fill)):
+        path = Path(f"{name}.safetensors")
+        lp.apply_checkpoint("m.safetensors", ["fc1", "fc10"], path, rank=2, variant=variant)
+        change(path)
+        report = lp.bake_checkpoint("m.safetensors", [path], f"{name}.out.safetensors")
+        shown = [row.dead for row in lp.stats("m.safetensors", path).rows]
+        assert shown == [row.dead for row in report.rows] == [name != "trained"] * 2
+        assert bool(report.dead) is (name != "trained")
+        done = cli("stats", "m.safetensors", path, "--fail-on-dead")
+        assert done.status == (name != "trained")
+        assert ("still zero" in done.out) is ("still zero" in str(report)) is (name != "trained")

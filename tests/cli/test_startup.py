@@ -52,7 +52,9 @@ def test_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [None, "apply", "stats", "enable", "disable", "bake", "demo"])
+@pytest.mark.parametrize(
+    "command", [None, "apply", "stats", "enable", "disable", "bake", "check", "demo"]
+)
 def test_help_needs_neither_torch_nor_numpy(command: str | None) -> None:
     heavy, shown = audit(*([command] if command else []), "--help")
     assert heavy == []

@@ -4,6 +4,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_param.adapter import Adapter
+from lora_param.api_files import bake_checkpoint
 from lora_param.checkpoint.create import create_adapter
 from lora_param.errors import (
     BrokenFileError,
@@ -20,8 +22,9 @@ from lora_param.errors import (
     OutputError,
     UnknownFileError,
 )
+from lora_param.fingerprint import BaseWeight
 from lora_param.formats import is_adapter, read_adapter, toggle_file, write_adapter
-from lora_param.formats.bake import bake_checkpoint
+from lora_param.targets.settings import Settings
 
 
 @pytest.fixture
@@ -126,10 +129,8 @@ def set_in(config, *keys, value):
 
 AV = ("targets", "a.v.weight")
 BAD = {
-    "unknown key": (lambda c: set_in(c, "magic", value=1), "'magic' in the config"),
-    "unknown target key": (lambda c: set_in(c, *AV, "magic", value=1), "'magic' in a.v.weight"),
-    "unknown base key": (lambda c: set_in(c, "base", "experts", "x", value=1), "'x' in base"),
-    "no rank": (lambda c: c["targets"]["a.v.weight"].pop("rank"), "lacks 'rank'"),
+    "no targets at all": (lambda c: c.pop("targets"), "lacks 'targets'"),
+    "essential number": (lambda c: set_in(c, "essential", value=1), "essential is 1"),
     "no base": (lambda c: c["base"].pop("experts"), "experts.* has no base"),
     "no targets": (lambda c: set_in(c, "targets", value={}), "no targets"),
     "scale": (lambda c: set_in(c, *AV, "scale", value=1.0), "has scale 1.0"),
@@ -167,9 +168,89 @@ def test_a_config_that_is_wrong_is_refused_by_name(name, path):
     assert str(path) in str(caught.value)
 
 
-def test_null_keys_of_later_versions_are_taken(path):
-    edited(path, lambda c: set_in(c, *AV, "magic", value=None))
-    assert len(read_adapter(path).targets) == 3
+def test_a_missing_field_takes_its_default(path, adapter):
+    for field in ("strength", "enabled", "also", "apart", "scale", "dropout", "init", "variant"):
+        edited(path, lambda c, field=field: c["targets"]["a.v.weight"].pop(field))
+    edited(path, lambda c: c.pop("name"))
+    again = read_adapter(path)
+    written = adapter.targets["a.v.weight"]
+    assert again.targets["a.v.weight"] == replace(
+        written, settings=replace(written.settings, dropout=0.0)
+    )
+    assert again.name == "default"
+    edited(path, lambda c: c["targets"]["a.v.weight"].pop("rank"))
+    with pytest.raises(BrokenFileError, match="rank 8 on its base takes"):
+        read_adapter(path)
+
+
+# --- other versions ---------------------------------------------------------------------------
+
+OLD = Path(__file__).parent / "files" / "adapter-0.1.0.safetensors"
+
+
+def test_what_0_1_0_wrote_reads_as_it_was_and_is_written_as_it_was(tmp_path):
+    old = read_adapter(OLD)
+    assert old.name == "old"
+    whole, first, last = (old.targets[k] for k in ("out.weight", *sorted(old.targets)[1:]))
+    assert whole.settings == Settings(rank=1, alpha=3, scaling="rslora", variant="dora")
+    assert not whole.enabled
+    assert (str(first.target), first.settings) == ("qkv.weight[0:2]", Settings(rank=2, alpha=4))
+    assert (first.scale, first.strength) == (2.0, 0.5)
+    assert last.settings == Settings(rank=2, alpha=4, dropout=0.25, init="pissa")
+    assert old.base["out.weight"] == BaseWeight((4, 3), "bfloat16", "7a758f44ff0a0906")
+    assert old.factors("out.weight")["lora_A"].tolist() == [[3.0, 3.25, 3.5]]
+    assert set(old.factors("qkv.weight[4:6]")) == {"lora_A", "lora_B", "initial_A", "initial_B"}
+    write_adapter(old, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == OLD.read_bytes()
+
+
+def of_0_9(config):
+    """What a later version might write: more fields, none of which changes the adapter."""
+    set_in(config, "trained_on", value={"steps": 3, "of": ["a", None]})
+    set_in(config, "targets", "out.weight", "colour", value="red")
+    set_in(config, "base", "qkv.weight", "revision", value=7)
+    set_in(config, "essential", value=["warmth"])  # and one that would, but is not there
+
+
+@pytest.fixture
+def newer(tmp_path):
+    path = tmp_path / "newer.safetensors"
+    with safe_open(OLD, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(OLD), path, metadata | {"author": "someone"})
+    edited(path, of_0_9)
+    return path
+
+
+def config_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["config"]) | {"author": file.metadata()["author"]}
+
+
+def test_fields_of_a_later_version_are_kept_by_toggles_and_by_writing_again(newer, tmp_path):
+    old, read, before = read_adapter(OLD), read_adapter(newer), config_of(newer)
+    assert (read.targets, read.base) == (old.targets, old.base)
+    before.pop("essential")
+    toggle_file(newer, True)
+    assert not before["targets"]["out.weight"]["enabled"]
+    set_in(before, "targets", "out.weight", "enabled", value=True)
+    assert config_of(newer) == before
+    write_adapter(read_adapter(newer), tmp_path / "copy.safetensors")
+    assert config_of(tmp_path / "copy.safetensors") == before
+    assert (tmp_path / "copy.safetensors").read_bytes() == newer.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "where", [(), ("targets", "out.weight"), ("base", "qkv.weight")], ids=["", "target", "base"]
+)
+def test_a_field_that_changes_what_the_adapter_means_is_refused_by_name(newer, where):
+    edited(newer, lambda c: set_in(c, *where, "warmth", value=2))
+    before = newer.read_bytes()
+    for use in (read_adapter, lambda path: toggle_file(path, False)):
+        with pytest.raises(UnknownFileError, match=r"'warmth' in .* changes what it means") as told:
+            use(newer)
+        assert str(newer) in str(told.value)
+    assert newer.read_bytes() == before
 
 
 def test_tensors_that_do_not_fit(path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,88 @@ def test_a_file_is_switched_in_the_same_order(model: nn.Module, tmp_path: Path) 
     assert [t.enabled for t in lp.read_adapter(path).targets.values()] == [True, False]
     with pytest.raises(OptionError, match="adapter is 'a'; accepted: None for a file"):
         lp.enable(path, adapter="a")
+
+
+# --- blocks that overlap ----------------------------------------------------------------------
+
+
+def acting(model: nn.Module) -> list[bool]:
+    return enabled(model)["a"] + enabled(model)["b"]
+
+
+ALL, NONE = [True] * 4, [False] * 4
+
+
+def test_overlapping_blocks_of_two_threads_leave_the_adapter_on(model: nn.Module) -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with lp.disabled(model):
+            entered.set()
+            left.wait(30)  # the main thread's block, which began first, ends first
+
+    before, thread = model(X), threading.Thread(target=other)
+    with lp.disabled(model):
+        thread.start()
+        assert entered.wait(30)
+    assert acting(model) == NONE, "a block is still open"
+    left.set()
+    thread.join()
+    assert acting(model) == ALL
+    assert torch.equal(model(X), before)
+
+
+def test_many_threads_in_and_out_leave_the_adapter_as_it_was(model: nn.Module) -> None:
+    lp.disable(model, ["2"], adapter="b")
+    before, seen = model(X), []
+
+    def work(seed: int) -> None:
+        adapter = (None, "a", "b")[seed % 3]
+        for _ in range(50):
+            with lp.disabled(model, adapter=adapter), lp.disabled(model, ["0"]):
+                seen.append(acting(model)[0])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [False] * 300
+    assert acting(model) == [True, True, True, False]
+    assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("last", ["first in", "last in"])
+def test_blocks_over_different_targets_may_end_in_any_order(model: nn.Module, last: str) -> None:
+    first, second = lp.disabled(model, ["0"]), lp.disabled(model, adapter="a")
+    first.__enter__()
+    second.__enter__()
+    assert acting(model) == [False, False, False, True]
+    blocks = [(second, [False, True, False, True]), (first, [False, False, True, True])]
+    (block, meanwhile), (rest, _) = blocks if last == "first in" else blocks[::-1]
+    block.__exit__(None, None, None)
+    assert acting(model) == meanwhile
+    rest.__exit__(None, None, None)
+    assert acting(model) == ALL
+
+
+def test_what_is_switched_within_a_block_holds_after_it(model: nn.Module, tmp_path: Path) -> None:
+    lp.save(model, tmp_path / "a.safetensors", "a")
+    with lp.disabled(model):
+        lp.disable(model, ["0"])
+        lp.enable(model, ["0"], adapter="b")
+        assert acting(model) == NONE
+    assert acting(model) == [False, True, True, True]
+    with lp.disabled(model, ["2"]):
+        lp.load(model, tmp_path / "a.safetensors", "a")
+        assert acting(model) == [True, False, True, False]
+    assert acting(model) == ALL
+
+
+def test_a_copy_made_within_a_block_can_be_switched_on(model: nn.Module) -> None:
+    with lp.disabled(model):
+        twin = copy.deepcopy(model)
+        lp.enable(twin)
+        assert acting(twin) == ALL
+        assert acting(model) == NONE
+    assert acting(model) == ALL

@@ -21,7 +21,6 @@ _ARGUMENTS = [
     "--no-sandbox",  # CI runs as root, where Chromium's sandbox does not start
     "--disable-gpu",
     "--disable-dev-shm-usage",
-    "--hide-scrollbars",
     "--host-resolver-rules=MAP * ~NOTFOUND",
 ]
 

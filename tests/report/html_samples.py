@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora_param as lp
-from lora_param.report.rows import Stats, TargetRow
+from lora_param.report.stats import Stats, TargetRow
 
 
 def row(target: str, **changes: object) -> TargetRow:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from assets import MINILM, find_asset
 from browser import Browser, browser
-from html_samples import fill, odd_rows, tuned
+from html_samples import fill, odd_rows, row, tuned
 from matplotlib.image import imread
 
 import lora_param as lp
-from lora_param.report.grid import lay_out
-from lora_param.report.rows import Stats
+from lora_param.report.page.grid import lay_out
+from lora_param.report.stats import Stats
 
 FIELDS = {
     "updateNorm": "update_norm",
@@ -34,25 +34,34 @@ return [...document.querySelectorAll("tr[data-target]")].map(row => ({
 }))
 """
 CELLS = """
-return [...document.querySelectorAll(".wide > svg")].map(svg =>
-    Object.fromEntries([...svg.querySelectorAll("a[href^='#t']")]
-        .filter(link => link.querySelector("path") && /^#t\\d/.test(link.getAttribute("href")))
-        .map(link => {
-            const path = link.querySelector("path"), box = path.getBoundingClientRect()
-            return [link.getAttribute("href").slice(1), {
-                fill: getComputedStyle(path).fill, title: link.querySelector("title").textContent,
-                x: box.x + box.width / 2, y: box.y + box.height / 2,
-            }]
-        })
-        .reverse()))
+return [...document.querySelectorAll("table.map")].map(map =>
+    Object.fromEntries([...map.querySelectorAll("td a")].map(link => {
+        const box = link.getBoundingClientRect()
+        return [link.getAttribute("href").slice(1), {
+            fill: getComputedStyle(link.parentElement).backgroundColor, title: link.title,
+            text: link.innerText, x: box.x + box.width / 2, y: box.y + box.height / 2,
+        }]
+    })))
 """
 LABELS = """
-return [...document.querySelectorAll(".wide > svg")].map(svg =>
-    [...svg.querySelectorAll("text")].map(text => {
+return [...document.querySelectorAll("table.map")].map(map =>
+    [...map.querySelectorAll("th span")].map(text => {
         const box = text.getBoundingClientRect()
-        return {text: text.textContent, x: box.x + box.width / 2, y: box.y + box.height / 2,
-                left: box.left, right: box.right}
+        return {text: text.innerText, x: box.x + box.width / 2, y: box.y + box.height / 2}
     }))
+"""
+SCROLLED = """
+return [...document.querySelectorAll(".wide")].filter(wide => wide.checkVisibility()).map(wide => {
+    const line = wide.querySelector("tbody tr"), label = line.firstElementChild
+    const before = label.getBoundingClientRect(), bar = wide.offsetHeight - wide.clientHeight
+    wide.scrollLeft = 1e6
+    const after = label.getBoundingClientRect(), last = line.lastElementChild
+    return {
+        name: wide.getAttribute("aria-label"), inside: wide.clientWidth, all: wide.scrollWidth, bar,
+        before: before.left, after: after.left, width: after.width,
+        reached: last.getBoundingClientRect().right - wide.getBoundingClientRect().right,
+    }
+})
 """
 
 
@@ -126,7 +135,8 @@ def test_the_heat_maps_show_the_numbers(scheme, shown, layered: Stats) -> None:
         for (i, j), r in grid.cells.items():
             cell = drawn[names[r.target]]
             assert cell["title"].splitlines()[0] == r.target
-            assert f"{r.ratio:.3g}" in cell["title"]
+            assert f"{r.ratio:.4f}" in cell["title"]
+            assert cell["text"] == f"{getattr(r, field):.{4 if field == 'ratio' else 2}f}"
             # beside its projection and below its layer
             assert any(
                 t["text"] == grid.labels[i] and abs(t["y"] - cell["y"]) < 4 and t["x"] < cell["x"]
@@ -140,16 +150,17 @@ def test_the_heat_maps_show_the_numbers(scheme, shown, layered: Stats) -> None:
         seen = [luminance(drawn[names[r.target]]["fill"]) for r in ranked]
         steps = np.diff(seen if scheme == "dark" else seen[::-1])
         assert (steps >= 0).all()
-        assert len(set(seen)) > 8
+        assert len(set(seen)) > (8 if field == "ratio" else 6)  # shares of the rank: from 0 to 1
 
 
 def test_light_dark_and_narrow(shown, layered: Stats) -> None:
     for scheme, bright in (("light", True), ("dark", False)):
         for width in (1100, 400):
             tab = shown(layered, scheme=scheme, width=width)
-            assert tab.run("return document.documentElement.scrollWidth") == width
+            wide = tab.run("return document.documentElement.scrollWidth")
+            assert width - 20 < wide <= width  # less a scroll bar
             picture = imread(io.BytesIO(tab.screenshot()))
-            assert picture.shape[1] == width
+            assert picture.shape[1] == wide
             assert (picture[:12, :12, :3].mean() > 0.9) is np.bool_(bright)
             ink = tab.run("return getComputedStyle(document.querySelector('h1')).color")
             assert (luminance(ink) < 128) is bright
@@ -161,6 +172,28 @@ def test_light_dark_and_narrow(shown, layered: Stats) -> None:
             )
             for (left, right), *texts in boxes:
                 assert all(left - 1 <= a and b <= right + 1 for a, b in texts)
+
+
+@pytest.mark.parametrize("layers", [12, 80])
+def test_maps_and_tables_scroll_at_400_pixels_with_their_labels_in_sight(layers, shown) -> None:
+    rows = tuple(
+        row(f"encoder.layer.{i}.attention.self.{p}.weight")
+        for i in range(layers)
+        for p in ("query", "key", "value")
+    )
+    tab = shown(Stats(rows, 10**6, (), "m"), width=400)
+    found = tab.run(SCROLLED)
+    names = [f["name"] for f in found]
+    assert names == ["‖ΔW‖/‖W‖", "effective rank", "Targets"]
+    for f in found:
+        assert f["all"] > f["inside"] + 40, f  # there is something to scroll to
+        assert f["bar"] >= 6, f  # and a bar that says so
+        assert abs(f["after"] - f["before"]) < 1, f  # the labels stay
+        assert 120 <= f["width"] <= 400 / 3 + 1, f
+        assert abs(f["reached"]) < 2, f
+    assert tab.run("return document.documentElement.scrollWidth") <= 400
+    wide = shown(Stats(rows, 10**6, (), "m"), width=1100).run(SCROLLED)
+    assert all(f["all"] == f["inside"] for f in wide)
 
 
 def test_nothing_is_asked_for(shown, layered: Stats) -> None:
@@ -180,7 +213,7 @@ def test_it_prints_light(shown, layered: Stats) -> None:
 
 def test_a_cell_leads_to_its_line(shown, layered: Stats) -> None:
     tab = shown(layered)
-    tab.run("location.hash = document.querySelector('.wide a').getAttribute('href')")
+    tab.run("location.hash = document.querySelector('.map a').getAttribute('href')")
     found = tab.run("return document.querySelector('tr:target').dataset.target")
     assert found in {r.target for r in layered.rows}
 
@@ -190,7 +223,7 @@ def test_every_state(shown) -> None:
     states = [row["state"] for row in tab.run(ROWS)]
     assert states == ["", "still zero", "disabled", "disabled, still zero", "not finite", ""]
     drawn, _ = tab.run(CELLS)
-    hollow = {key for key, cell in drawn.items() if cell["fill"] == "rgb(255, 255, 255)"}
+    hollow = {key for key, cell in drawn.items() if cell["fill"] == "rgba(0, 0, 0, 0)"}
     assert hollow == {"t1", "t3", "t4", "t5"}  # zero, zero, not finite, and ‖W‖ = 0
 
 

@@ -1,6 +1,6 @@
 from html_samples import row
 
-from lora_param.report.grid import Place, in_reading_order, lay_out, place
+from lora_param.report.page.grid import Place, in_reading_order, lay_out, place
 from lora_param.targets.patterns import parse_pattern
 from lora_param.targets.weights import Weight
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from html_samples import odd_rows, row, tuned
+from safetensors.torch import save_file
 
 import lora_param as lp
 from lora_param.errors import MissingPackageError, OutputError
-from lora_param.report.rows import Stats
+from lora_param.report.stats import Stats
 
 HOSTILE = (
     '"><script src=//evil.example/x></script><img onerror=a(1) src=http://evil.example/&amp;.w'
@@ -89,14 +90,15 @@ def test_the_table_has_every_value_exactly() -> None:
 
 def test_states_differ_by_form_and_the_key_names_them() -> None:
     text = odd_rows().to_html()
-    (drawn, *_) = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    for word in ("still zero", "disabled", "not finite"):
-        assert f">{word}</text>" in drawn
-    assert ">!</text>" in drawn
-    assert drawn.count("stroke-dasharray") == 2 + 2 + 2  # zero, not finite, and both in the key
+    drawn = text.partition('<table class="map')[2].partition("</section>")[0]
+    for word, times in (("still zero", 2), ("disabled", 2), ("not finite", 2)):
+        assert f"</i>{word}</span>" in drawn  # in the key
+        found = re.findall(rf"<td class=\"[^\"]*{word.replace(' ', '-')}", drawn)
+        assert len(found) == times, word  # ‖ΔW‖ of a zero weight has no finite ratio
+    assert drawn.count("<span>!</span>") == 2
     plain = Stats((row("h.0.q"), row("h.1.q")), 100).to_html()
-    assert "stroke-dasharray" not in plain
     assert "still zero" not in plain
+    assert "still-zero" not in plain.partition("<body>")[2]
     assert "7 base elements train too" in text
 
 
@@ -104,20 +106,21 @@ def test_an_adapter_alone_says_that_it_has_no_base() -> None:
     text = Stats(tuple(row(f"h.{i}.q", weight_norm=None) for i in range(3))).to_html()
     assert "Give the model as well" in text
     assert "relative-norm" not in text
-    assert "data-update-norm=5.0" in text
+    assert 'data-update-norm="5.0"' in text
 
 
 def test_what_was_not_measured_is_not_drawn() -> None:
     bare = {"update_norm": None, "weight_norm": None, "effective_rank": None}
     text = Stats((row("h.0.q", **bare, singular_values=None),), 100).to_html()
     assert "were not measured" in text
-    assert text.count("<svg") == 1
+    assert text.count('<table class="map') == 1
+    assert "<svg" not in text
     assert "Spectra" not in text
 
 
 def test_rank_one_needs_no_spectrum() -> None:
     one = {"rank": 1, "singular_values": (5.0,), "effective_rank": 1.0}
-    assert Stats((row("h.0.q", **one), row("h.1.q", **one)), 100).to_html().count("<svg") == 1
+    assert "<svg" not in Stats((row("h.0.q", **one), row("h.1.q", **one)), 100).to_html()
 
 
 def test_the_strongest_spectra_are_shown_of_too_many() -> None:
@@ -221,3 +224,71 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     for call in (Stats().to_html, lambda: Stats().write_html(tmp_path / "page.html")):
         with pytest.raises(MissingPackageError, match=r"pip install 'lora_param\[report\]'"):
             call()
+
+
+def test_the_title_is_the_name_of_the_base_and_the_path_stands_below(tmp_path) -> None:
+    (tmp_path / "minilm").mkdir()
+    path, adapter = tmp_path / "minilm" / "model.safetensors", tmp_path / "a.safetensors"
+    save_file({"h.0.q.weight": torch.randn(8, 8)}, path)
+    lp.apply_checkpoint(path, ["q"], adapter, rank=2)
+    tagless = re.sub("<wbr>", "", lp.stats(path, adapter).to_html())
+    assert "<title>minilm/model.safetensors – LoRA report</title>" in tagless
+    assert "<h1>minilm/model.safetensors</h1>" in tagless
+    assert f"<p class=path>{path} with {adapter}</p>" in tagless
+    other = path.rename(tmp_path / "bert.safetensors")
+    assert lp.stats(other).name == "bert.safetensors"
+    assert lp.stats(adapter).name == "a.safetensors"
+    model = lp.stats(lp.apply(torch.nn.Linear(4, 4), rank=1))
+    assert (model.name, "class=path" in model.to_html()) == ("Linear", False)
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """What is written in the heat maps, by the identifier of the table's line."""
+    found: dict[str, list[str]] = {}
+    for url, value in re.findall(
+        r'<a href="#(t\d+)" title="[^"]*" tabindex=-1><span>(.*?)</', text
+    ):
+        found.setdefault(url, []).append(value)
+    return found
+
+
+def columns(text: str, name: str) -> list[str]:
+    return re.findall(rf'<td data-{name}="[^"]*">(.*?)</td>', text)
+
+
+def test_numbers_have_equal_decimals_and_the_map_agrees_with_the_table(tmp_path) -> None:
+    weights = {f"h.{i}.{p}.weight": torch.randn(24, 24) for i in range(6) for p in "qkv"}
+    text = tuned(weights, ["q", "k", "v"], tmp_path, rank=8).to_html()
+    written = {n: columns(text, n) for n in ("relative-norm", "effective-rank", "update-norm")}
+    for values in written.values():
+        assert len(values) == 18
+        assert len({len(v.partition(".")[2]) for v in values}) == 1
+        assert "0." + "0" * 9 not in values
+    drawn = cells(text)
+    assert len(drawn) == 18
+    for i in range(18):
+        assert drawn[f"t{i}"] == [written["relative-norm"][i], written["effective-rank"][i]]
+
+
+def test_effective_rank_is_coloured_as_a_share_of_the_rank() -> None:
+    """The same effective rank on ranks of 2, 4 and 8: the more of its rank, the darker."""
+    rows = tuple(
+        row(f"h.{i}.q", rank=rank, effective_rank=1.9, singular_values=(4.0, 3.0))
+        for i, rank in enumerate((2, 4, 8))
+    )
+    text = Stats(rows, 100).to_html().rpartition('<table class="map')[2]
+    steps = [int(s) for s in re.findall(r'<td class="rank(\d+)', text)]
+    assert steps == [15, 7, 3]  # 0.95, 0.475 and 0.2375 of the rank, in sixteenths
+    assert "50 % of the rank" in text
+
+
+def test_spectra_are_scaled_to_the_largest_of_each() -> None:
+    """Two updates of one form and of sizes far apart lie on one line; another form does not."""
+    loud, quiet, flat = (100.0, 10.0, 1.0), (1e-3, 1e-4, 1e-5), (5.0, 4.9, 4.8)
+    rows = [row(f"h.{i}.q", rank=3, singular_values=s) for i, s in enumerate((loud, quiet, flat))]
+    drawn = Stats(tuple(rows), 100).to_html().partition("<figure>")[2]
+    lines = re.findall(r'<a href="#t\d"[^>]*><title>.*?</title><path d="([^"]*)"', drawn, re.DOTALL)
+    assert len(lines) == 3
+    assert lines[0] == lines[1]
+    assert lines[0].split()[:3] == lines[2].split()[:3]  # all begin at 1
+    assert lines[0] != lines[2]

@@ -3,13 +3,15 @@ import json
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from lora_param.checkpoint.bake import BakeReport
+from lora_param.checkpoint.merging import BakedTarget
 from lora_param.report import figures
-from lora_param.report.rows import Stats, TargetRow, WeightRow
+from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.report.terminal import bake_view, plain_text, plan_view, stats_view
 from lora_param.targets.plan import Settings, make_plan
 
@@ -56,18 +58,25 @@ def minilm():
     return Stats(tuple(layers()), sum(w.elements for w in weights), weights, "model")
 
 
-def bake():
-    rows = [
-        SimpleNamespace(
-            target=f"h.{i}.weight", adapter="default", changed=147_450 + i, total=147_456,
-            rounding_loss=1e-4 * (i + 1), relative_norm=0.01 * (i + 1), dead=False, lost=i == 3,
-        )
+def baked(target="h.0.weight", **changes):
+    values = {
+        "adapter": "default", "changed": 147_450, "total": 147_456, "rounding_loss": 1e-4,
+        "relative_norm": 0.01, "dead": False,
+    }  # fmt: skip
+    return BakedTarget(target, **{**values, **changes})
+
+
+def bake(**changes):
+    rows = tuple(
+        baked(f"h.{i}.weight", changed=0 if i == 3 else 147_450 + i,
+              rounding_loss=1e-4 * (i + 1), relative_norm=0.01 * (i + 1))
         for i in range(4)
-    ]  # fmt: skip
-    return SimpleNamespace(
-        path="out/model", bytes=91_000_000, files=("a", "b"), verified=True, rows=rows,
-        disabled=("x.weight",), notes=("A note.",),
     )  # fmt: skip
+    values = {
+        "rows": rows, "disabled": ("x.weight",), "dead": (), "files": ("a", "b"),
+        "bytes": 91_000_000, "verified": True, "notes": ("A note.",),
+    }  # fmt: skip
+    return BakeReport(Path("out/model"), **{**values, **changes})
 
 
 def views():
@@ -160,7 +169,7 @@ def test_ranges_of_what_was_measured():
     rows = [row(f"h.{i}.w", update_norm=1.0 + i) for i in range(3)]
     text = plain_text(stats_view(Stats(tuple(rows), 10**7)), 100)
     assert "1–3" in text
-    assert "0.062–0.19" in text
+    assert "0.062–0.188" in text
 
 
 def test_an_adapter_alone_has_no_share():
@@ -182,16 +191,34 @@ def test_plan_says_counts_cost_and_what_is_left_out():
 
 def test_bake_says_what_changed_and_what_was_lost():
     text = plain_text(bake_view(bake()), 100)
-    assert "baked 4 of 5 targets, 589,806 elements changed" in text
+    assert "baked 4 of 5 targets, 442,353 elements changed" in text
     assert "out/model · 86.8 MiB · 2 files · verified" in text
-    assert "0.01–0.03" in text
-    assert "≤ 0.0003" in text
+    assert "0.0100–0.0300" in text
+    assert "≤ 0.000300" in text
     assert text.count("lost in rounding") == 1
     assert "disabled: the base alone" in text
     assert text.endswith("A note.")
-    assert plain_text(bake_view(SimpleNamespace())) == "baked 0 of 0 targets"
-    bare = bake_view(SimpleNamespace(rows=[SimpleNamespace(target="a.weight")]))
-    assert "a.weight" in plain_text(bare)
+    nothing = bake(rows=(), disabled=(), notes=(), verified=False, files=("model",))
+    assert str(nothing) == "out/model · 86.8 MiB\nbaked 0 of 0 targets"
+
+
+def test_a_bake_report_prints_itself():
+    assert str(bake()) == plain_text(bake_view(bake()))
+    assert repr(bake()) == "<BakeReport: 4 of 5 targets, 'out/model'>"
+    file = io.StringIO()
+    Console(file=file, width=80).print(bake())
+    assert file.getvalue() == plain_text(bake_view(bake()), 80) + "\n"
+
+
+def test_reprs_are_short():
+    plan = make_plan(SHAPES, ["query"])
+    assert repr(plan) == "<Plan: 6 targets, trainable 36,864 of 14,529,024 (0.25 %)>"
+    assert repr(Settings()) == "Settings(rank=8, alpha=16.0)"
+    assert repr(Settings(4, init="pissa")) == "Settings(rank=4, alpha=16.0, init='pissa')"
+    stats = Stats((row(), row("b", dead=True), row("c", enabled=False)), base=1_000_000)
+    told = "3 targets, trainable 18,432 of 1,000,000 (1.84 %), 1 still zero, 1 disabled"
+    assert repr(stats) == f"<Stats: {told}>"
+    assert repr(Stats((row(),))) == "<Stats: 1 target, trainable 6,144>"
 
 
 def test_output_that_takes_only_ascii_gets_ascii():
@@ -217,7 +244,7 @@ def test_a_share_is_never_rounded_to_nothing(value, text):
 
 def test_rows_need_neither_torch_nor_rich_nor_numpy():
     code = (
-        "import sys, lora_param.report.rows, lora_param.report.figures\n"
+        "import sys, lora_param.report.stats, lora_param.report.figures\n"
         "print(sorted({'torch', 'rich', 'numpy'} & {m.partition('.')[0] for m in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_param.report.collapse import is_index
-from lora_param.report.data import TargetRow
+from lora_param.report.stats import TargetRow
 
 __all__ = ["Grid", "Place", "in_reading_order", "lay_out", "place"]
 

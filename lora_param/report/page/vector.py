@@ -21,18 +21,7 @@ __all__ = ["STEPS", "figure", "ink", "style", "to_svg"]
 STEPS = 16
 """Steps of a colour ramp."""
 
-_NAMES = (
-    "ink",
-    "muted",
-    "faint",
-    "surface",
-    "line",
-    *(
-        f"{ramp}{i}"
-        for ramp in ("heat", "on-heat", "rank", "on-rank", "depth")
-        for i in range(STEPS)
-    ),
-)
+_NAMES = ("ink", "muted", "faint", "surface", "line", *(f"depth{i}" for i in range(STEPS)))
 _NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 _STAND_IN = re.compile(r"#fe([0-9a-f]{4})")
 _XLINK = "{http://www.w3.org/1999/xlink}"

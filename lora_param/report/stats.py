@@ -1,14 +1,20 @@
-"""What there is to say about weights, targets and checks, as plain data: neither torch nor Rich.
+"""What there is to say about weights and targets: rows and totals, as text, data or a page.
 
-`rows.Stats` is this data with the ability to print itself; what prints it imports this file alone.
+Needs neither torch nor numpy, nor, until it is printed, Rich.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import ClassVar
 
-__all__ = ["Check", "StatsData", "TargetRow", "WeightRow"]
+from lora_param.printing import Printed
+from lora_param.report import figures
+
+__all__ = ["Stats", "TargetRow", "WeightRow"]
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,10 @@ class WeightRow:
 
 
 @dataclass(frozen=True)
-class StatsData:
-    """What is in a model, an adapter, or both.
+class Stats(Printed):
+    """What is in a model, an adapter, or both, as text, as data and as a page.
+
+    It prints itself; `to_dict` gives plain data, `to_html` and `write_html` a page.
 
     Attributes:
         rows: one for each target of each adapter.
@@ -138,6 +146,13 @@ class StatsData:
         source: what it is about, to show above.
         notes: sentences to show below.
         unfrozen: number of base elements that train as well, besides the factors.
+        name: what the base is called, or the adapter where it is alone.
+
+    Example:
+        >>> row = TargetRow("fc.weight", (10, 20), "float32", "default", 1, 1, 1, True, 30, True)
+        >>> stats = Stats((row,), base=210)
+        >>> stats.trainable, round(stats.percent, 2), len(stats.dead)
+        (30, 14.29, 1)
     """
 
     rows: tuple[TargetRow, ...] = ()
@@ -146,6 +161,8 @@ class StatsData:
     source: str = ""
     notes: tuple[str, ...] = ()
     unfrozen: int = 0
+    name: str = ""
+    view: ClassVar[str] = "stats_view"
 
     @property
     def trainable(self) -> int:
@@ -188,31 +205,39 @@ class StatsData:
             "notes": list(self.notes),
         }
 
+    def __repr__(self) -> str:
+        parts = [figures.plural(len(self.rows), "target"), f"trainable {self.trainable:,}"]
+        if self.base:
+            parts[1] += f" of {self.base:,} ({figures.percent(self.percent)})"
+        odd = {"still zero": self.dead, "disabled": self.disabled}
+        return f"<Stats: {', '.join(parts + [f'{len(v)} {k}' for k, v in odd.items() if v])}>"
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
+    def to_html(self) -> str:
+        """A page with heat maps of layer × projection, spectra and all values in a table.
 
-    Attributes:
-        name: "share", "frozen", "gradients", "loss", "unchanged" or "disabled".
-        found: what was seen, in words.
-        expected: what should have been.
-        passed: they agree.
-        failed: name of what failed → why, where it can be named.
-    """
+        It needs nothing else: no script, no network. It follows the reader's light or dark mode
+        and prints.
 
-    name: str
-    found: str
-    expected: str
-    passed: bool
-    failed: dict[str, str]
+        Raises:
+            MissingPackageError: Matplotlib is not installed (`pip install 'lora_param[report]'`).
+        """
+        text: str = import_module("lora_param.report.page.document").page(self)
+        return text
 
-    def to_dict(self) -> dict[str, object]:
-        """The check as plain data, for JSON."""
-        return {
-            "name": self.name,
-            "found": self.found,
-            "expected": self.expected,
-            "passed": self.passed,
-            "failed": dict(self.failed),
-        }
+    def write_html(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write what `to_html` gives to a file, atomically.
+
+        Args:
+            path: where it goes.
+            force: replace a page that exists.
+
+        Raises:
+            MissingPackageError: Matplotlib is not installed.
+            OutputError: the file exists (without force) or is no page, or cannot be written.
+        """
+        from lora_param.files.writer import replace_file
+
+        import_module("lora_param.report.page.document").check_page(path, force=force)
+        text = self.to_html()
+        with replace_file(path, force=force) as file:
+            file.write(text.encode(errors="xmlcharrefreplace"))  # names may hold anything

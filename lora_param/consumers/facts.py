@@ -1,0 +1,288 @@
+"""What there is to know of an adapter, as flat facts for the rules.
+
+Headers and configs say nearly all; the values are looked at for zeros and for what is no number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_param.consumers.contents import Contents, Module, read_contents
+from lora_param.errors import BrokenFileError, listed
+from lora_param.names.resolve import resolve
+from lora_param.names.table import Names, default_names
+from lora_param.targets.weights import Weight
+
+__all__ = ["gather"]
+
+_IMAGE = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "diffusion_model.")
+_SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's --max-lora-rank takes
+
+
+def gather(
+    path: str | os.PathLike[str],
+    base: Mapping[str, Weight] | None = None,
+    names: Names | None = None,
+) -> dict[str, Any]:
+    """The facts of an adapter.
+
+    Args:
+        path: a file, or a directory as PEFT writes it.
+        base: the weights of the base, where it is at hand.
+        names: rules between names, the packaged ones by default.
+
+    Returns:
+        Facts by name: numbers, texts, truths; beside each count that can name something stands
+        NAME_names, a text for messages.
+
+    Raises:
+        MissingFileError: nothing is there.
+        UnknownFileError: it is no adapter.
+        BrokenFileError: a file is damaged.
+    """
+    source = read_contents(Path(path))
+    kind, modules = source.kind, source.modules
+    facts: dict[str, Any] = {"kind": kind, "peft": kind == "peft", "keys": len(source.shapes)}
+    facts |= _of_names(source)
+    facts |= _of_values(source)
+    facts |= _of_config(source)
+    facts |= _of_base(kind, modules, base, names or default_names())
+    return facts
+
+
+def _counted(name: str, found: Iterable[str]) -> dict[str, Any]:
+    items = list(found)
+    return {name: len(items), f"{name}_names": listed(items, 3)}
+
+
+def _of_names(source: Contents) -> dict[str, Any]:
+    kind, modules, other = source.kind, source.modules, source.other
+    own = {kind, "kohya"} if kind == "lycoris" else {kind}
+    foreign = [k for c, keys in source.conventions.items() if c not in own for k in keys]
+    pairs = {n: m for n, m in modules.items() if "A" in m.tensors or "B" in m.tensors}
+    half = [n for n, m in pairs.items() if ("A" in m.tensors) != ("B" in m.tensors)]
+    saved = [k for k in other if not k.endswith(".base_layer.bias")]
+    biases = [k for k in other if k.endswith(".bias")]
+    biases += [m.tensors["bias"] for m in modules.values() if "bias" in m.tensors]
+    saved = [k for k in saved if k not in biases and not k.endswith(".base_layer.weight")]
+    if source.config.get("modules_to_save"):
+        saved = [k for k in other if not k.endswith((".base_layer.bias", ".base_layer.weight"))]
+        biases = [k for k in biases if k not in saved]
+    rows = [m.tensors["rows"] for m in modules.values() if "rows" in m.tensors]
+    magnitudes = any("magnitude" in m.tensors for m in modules.values())
+    types = {role for m in modules.values() for role in m.tensors if role in _LYCORIS}
+    bare = [k for k in source.shapes if not k.startswith("base_model.model.")]
+    return {
+        "modules": len(modules),
+        **_counted("half_pairs", half),
+        **_counted("foreign_keys", foreign),
+        **_counted("bare_keys", bare),
+        **_counted("biases", biases),
+        **_counted("modules_to_save", saved if kind == "peft" else []),
+        **_counted("token_rows", rows),
+        **_counted("not_lora", saved if kind == "peft" else []),
+        **_counted("expert_tensors", [n for n in modules if re.search(r"\.experts(\.|$)", n)]),
+        "dora": magnitudes or bool(source.config.get("use_dora")),
+        "lycoris": ", ".join(sorted(types)),
+        "image_names": any(n.removeprefix("base_model.model.").startswith(_IMAGE) for n in modules),
+    }
+
+
+_LYCORIS = ("loha", "lokr", "oft", "mid")
+
+
+def _of_values(source: Contents) -> dict[str, Any]:
+    import numpy as np
+
+    dead: list[str] = []
+    broken: list[str] = []
+    for key in source.shapes:
+        if not np.isfinite(source.arrays[key]()).all():
+            broken.append(key)
+    for name, m in source.modules.items():
+        factors = [m.tensors[role] for role in ("A", "B") if role in m.tensors]
+        if len(factors) == 2 and not all(source.arrays[key]().any() for key in factors):
+            dead.append(name)
+    return {**_counted("not_finite", broken), **_counted("dead", dead)}
+
+
+def _of_config(source: Contents) -> dict[str, Any]:
+    config, kind, modules = source.config, source.kind, source.modules
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    rslora = bool(config.get("use_rslora"))
+    rank_pattern, alpha_pattern = config.get("rank_pattern", {}), config.get("alpha_pattern", {})
+    parameters = config.get("target_parameters") or []
+    mismatches: list[str] = []
+    differing: list[str] = []
+    own_alpha: list[str] = []
+    stacks: list[str] = []
+    square = False
+    ranks: list[int] = []
+    scales: list[float] = []
+    unequal: list[str] = []
+    settings = _settings(source)
+    for name, m in modules.items():
+        if not {"A", "B"} <= m.tensors.keys():
+            continue
+        A, B = m.shapes["A"], m.shapes["B"]
+        module = name.removeprefix("base_model.model.")
+        is_stack = any(_is_stack(module, p) for p in parameters)
+        held = A[0] if kind != "native" or len(A) == 2 else A[-2]
+        if is_stack:
+            stacks.append(name)
+            square = square or A[-1] == B[0]
+        elif kind != "native" and len(B) > 1 and A[0] != B[1] and not _is_grouped(A, B):
+            unequal.append(name)
+        own_rank = _pattern(rank_pattern, module, rank)
+        scale_alpha = _pattern(alpha_pattern, module, alpha)
+        if kind == "peft":
+            if not is_stack and config and held != own_rank:
+                mismatches.append(name)
+            if (own_rank, scale_alpha) != (rank, alpha):
+                differing.append(name)
+            if scale_alpha != alpha:
+                own_alpha.append(name)
+            divisor = math.sqrt(own_rank) if rslora else own_rank
+            scales.append(scale_alpha / divisor if divisor else math.inf)
+        elif name in settings:
+            scales.append(settings[name])
+        elif "alpha" in m.tensors:
+            value = float(source.arrays[m.tensors["alpha"]]().reshape(-1)[0])
+            scales.append(value / held if held else math.inf)
+        ranks.append(own_rank if is_stack else held)
+    version = str(config.get("peft_version", ""))
+    max_rank = max(ranks, default=0)
+    patterns = [*rank_pattern, *alpha_pattern]
+    return {
+        "has_rank": "r" in config,
+        "has_alpha": "lora_alpha" in config or kind != "peft",
+        "has_target_modules": bool(config.get("target_modules")) or "target_modules" in config,
+        "config_rank": rank,
+        "config_scale": f"{alpha / (math.sqrt(rank) if rslora else rank):g}" if rank else "",
+        "rslora": rslora,
+        "rslora_loss": f"{math.sqrt(rank):.3g}" if rank and rank > 0 else "",
+        "max_rank": max_rank,
+        "served_rank": next((r for r in _SERVED if r >= max_rank), max_rank),
+        "max_scale": float(f"{max(scales, default=0.0):.4g}"),
+        "target_parameters": len(parameters),
+        "overlapping_patterns": _overlap(patterns, modules),
+        "old_layout": bool(version) and _numbers(version) < (0, 19, 1),
+        "open_layout": not version and square,
+        **_counted("rank_mismatches", unequal),
+        **_counted("config_rank_mismatches", mismatches),
+        **_counted("scale_patterns", differing),
+        **_counted("alpha_patterns", own_alpha),
+        **_counted("stacks", stacks),
+    }
+
+
+def _settings(source: Contents) -> dict[str, float]:
+    """Of a native adapter, what multiplies B @ A of each target."""
+    try:
+        targets = json.loads(source.metadata.get("config", "{}")).get("targets", {})
+        return {k: float(t["scale"]) for k, t in targets.items() if "scale" in t}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise BrokenFileError(source.path, f"its config cannot be read: {error}") from None
+
+
+def _is_stack(module: str, parameter: str) -> bool:
+    """The module holds the factors of a parameter that PEFT's target_parameters name."""
+    owner = parameter.rpartition(".")[0]
+    bare = re.sub(r"(\.base_layer)+$", "", module)
+    return bare == owner or bare.endswith(f".{owner}")
+
+
+def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's: the first key that the module's name ends with, as an expression."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _overlap(patterns: list[str], modules: Mapping[str, Module]) -> bool:
+    distinct = sorted(set(patterns))
+    for name in modules:
+        module = name.removeprefix("base_model.model.")
+        if sum(bool(re.match(rf"(.*\.)?({key})$", module)) for key in distinct) > 1:
+            return True
+    return False
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+
+
+def _of_base(
+    kind: str,
+    modules: Mapping[str, Module],
+    base: Mapping[str, Weight] | None,
+    names: Names,
+) -> dict[str, Any]:
+    """Which modules the base lacks, and which have another shape there."""
+    missing: list[str] = []
+    shapes: list[str] = []
+    if base is not None:
+        index = names.index(base)
+        flat = {n.replace(".", "_"): n for n in base}
+        for name, m in modules.items():
+            weight = _weight(kind, name, base, index, flat, names)
+            if weight is None:
+                missing.append(name)
+            elif weight.shape and not _fits(m, weight.shape):
+                shapes.append(f"{name} ({weight.shape} in the base)")
+    return {**_counted("missing_in_base", missing), **_counted("shapes_of_base", shapes)}
+
+
+def _weight(
+    kind: str,
+    module: str,
+    base: Mapping[str, Weight],
+    index: Mapping[str, list[str]],
+    flat: Mapping[str, str],
+    names: Names,
+) -> Weight | None:
+    """The base's weight behind a module; without a shape where only its place is known."""
+    if kind == "native":
+        module = re.sub(r"\[[^\]]*\]$", "", module)
+    bare = re.sub(r"(\.base_layer)+$", "", module)
+    if kind in ("kohya", "lycoris"):
+        short = re.sub(r"^lora_(unet|te\d?|transformer)_|^lycoris_", "", bare)
+        hit = next((n for f, n in flat.items() if f.removesuffix("_weight").endswith(short)), None)
+        return None if hit is None else Weight(hit, ())
+    for wanted in (bare, f"{bare}.weight", f"{bare}.in_proj_weight"):
+        hits = index.get(names.canonical(wanted), [])
+        if hits:
+            return base[hits[0]]
+        if resolve([wanted], base, names).complete:
+            return Weight(wanted, ())
+    inside = f"{names.canonical(bare)}."
+    if any(n.startswith(inside) for n in index):  # a module of bare parameters: stacks of experts
+        return Weight(bare, ())
+    return None
+
+
+def _is_grouped(A: tuple[int, ...], B: tuple[int, ...]) -> bool:
+    """The factors of a grouped convolution: B has the rank of one group."""
+    return len(A) > 2 and len(A) == len(B) and B[1] > 0 and A[0] % B[1] == 0
+
+
+def _fits(m: Module, W: tuple[int, ...]) -> bool:
+    """The factors give a matrix of W's shape, or of its transpose."""
+    if not {"A", "B"} <= m.tensors.keys():
+        return True
+    A, B = m.shapes["A"], m.shapes["B"]
+    if len(A) < 2 or len(B) < 2 or (_is_grouped(A, B) and A[0] != B[1]):
+        return True
+    if len(A) == len(B) == 3 and len(W) == 3 and A[0] == W[0]:  # a stack, matrix by matrix
+        return {B[1], A[2]} == set(W[1:])
+    out, columns, rest = B[0], math.prod(A[1:]), math.prod(W[1:])
+    if len(W) == 3 and {out, columns} == set(W[1:]):  # a stack, its matrices side by side
+        return True
+    return (out, columns) in ((W[0], rest), (rest, W[0]))

@@ -1,0 +1,291 @@
+"""`Stats` as one page that needs nothing else: no script, no network, no fonts of its own.
+
+The templates beside this file say how it looks, this file what is on it. All that is drawn stands
+in tables as well, norms and ranks at full precision in `data-` attributes. Light and dark mode are
+the reader's, paper is always light.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_param.errors import MissingPackageError, OutputError
+from lora_param.files.writer import check_output
+from lora_param.report import figures
+from lora_param.report.collapse import collapse
+from lora_param.report.layout import remarks, split_common
+from lora_param.report.page.grid import Grid, in_reading_order, lay_out
+from lora_param.report.stats import Stats, TargetRow, WeightRow
+
+__all__ = ["check_page", "page"]
+
+_DOCTYPE = "<!doctype html>"
+_PANELS = 24  # of spectra; more would hide one another
+_WRITTEN = 13  # columns of a heat map with room for numbers
+_MARKS = ("still zero", "disabled", "not finite")
+_FIELDS = (
+    ("ratio", "‖ΔW‖/‖W‖"),
+    ("effective_rank", "eff. rank"),
+    ("update_norm", "‖ΔW‖"),
+    ("weight_norm", "‖W‖"),
+    ("scale", "scale"),
+)
+
+Write = dict[str, figures.Write]
+
+
+def check_page(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Find out before anything is measured whether a page can be written.
+
+    Args:
+        path: where it is to go.
+        force: a page that exists may be replaced.
+
+    Raises:
+        MissingPackageError: Matplotlib or Jinja2 is not installed.
+        OutputError: there is a page (without force) or another file, or the directory is missing.
+    """
+    _need_packages()
+    real = check_output(path, force=force)
+    if real.exists():  # a model's or an adapter's name, by mistake: nothing else has a copy of it
+        with real.open("rb") as file:
+            found = file.read(len(_DOCTYPE)).decode("latin-1")
+        if found and found.lower() != _DOCTYPE:
+            raise OutputError(path, "it exists, and is not an HTML page")
+
+
+def _need_packages() -> None:
+    for module, package in (("matplotlib", "matplotlib"), ("jinja2", "Jinja2")):
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackageError("the HTML report", package, "lora_param[report]")
+
+
+def page(stats: Stats) -> str:
+    """What is in a model, an adapter, or both, as an HTML document.
+
+    Raises:
+        MissingPackageError: Matplotlib or Jinja2 is not installed.
+    """
+    _need_packages()
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from lora_param.report.page.drawing import ramps
+
+    def breakable(name: str) -> Markup:
+        """A long name, with places where it may be broken."""
+        text = Markup.escape(name)
+        for mark in "./_":
+            text = text.replace(mark, Markup(f"{mark}<wbr>"))
+        return text
+
+    templates = Environment(
+        loader=PackageLoader("lora_param.report.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"breakable": breakable, "svg": Markup}
+    templates.globals |= {"figures": figures, "ramps": ramps}
+    rows = in_reading_order(stats.rows)
+    measured = [*dict(_FIELDS), "rank"]
+    write = {f: figures.aligned(getattr(r, f) for r in rows) for f in measured}
+    return templates.get_template("page.html").render(
+        stats=stats,
+        name=stats.name or stats.source or "LoRA",
+        tiles=list(_tiles(stats, write)) if rows or not stats.weights else [],
+        common=_common(rows),
+        remarks=remarks(stats),
+        rows=rows,
+        several=len({r.adapter for r in rows}) > 1,
+        fields=[(f, n) for f, n in _FIELDS if any(getattr(r, f) is not None for r in rows)],
+        write=write,
+        adapters=_drawings(rows, write),
+        weights=collapse(
+            stats.weights, lambda w: w.name, lambda w: (w.shape, w.dtype, _adapted(w))
+        ),
+        adapted=_adapted,
+    )
+
+
+# --- above the drawings -----------------------------------------------------------------------
+
+
+def _tiles(stats: Stats, write: Write) -> Iterator[tuple[str, str, str]]:
+    """Name, value and a remark: the trainable share, and ranges over all targets."""
+    if stats.base:
+        share = f"{figures.count(stats.trainable)} of {figures.count(stats.base)} elements"
+        yield "trainable", figures.percent(stats.percent), share
+    else:
+        yield "trainable", figures.count(stats.trainable), "elements"
+    names = {r.adapter for r in stats.rows}
+    adapters = f"of {figures.plural(len(names), 'adapter')}" if len(names) > 1 else ""
+    yield "targets", figures.count(len(stats.rows)), adapters
+    size = "ratio" if any(r.ratio is not None for r in stats.rows) else "update_norm"
+    for name, field in (dict(_FIELDS)[size], size), ("effective rank", "effective_rank"):
+        known = [v for r in stats.rows if (v := getattr(r, field)) is not None]
+        usual = [v for v in known if math.isfinite(v) and v > 0]
+        if usual:
+            text = figures.span(usual, write=write[field])
+            without = ["zero"] if 0 in known else []
+            without += ["NaN"] if any(map(math.isnan, known)) else []
+            without += ["infinity"] if any(map(math.isinf, known)) else []
+            about = ["range"] if "–" in text else []
+            about += [f"without {' or '.join(without)}"] if without else []
+            yield name, text, " ".join(about)
+
+
+def _common(rows: Sequence[TargetRow]) -> str:
+    """What all targets have in common."""
+    shared, _ = split_common(
+        rows,
+        [
+            ("variant", lambda r: "" if r.variant == "lora" else r.variant),
+            ("rank", lambda r: str(r.rank)),
+            ("alpha", lambda r: f"{r.alpha:g}"),
+            ("scale", lambda r: f"{r.scale:g}"),
+            ("dtype", lambda r: r.dtype),
+        ],
+    )
+    return " · ".join(shared)
+
+
+def _adapted(weight: WeightRow) -> str:
+    parts = len(weight.adapted)
+    return "" if not parts else "LoRA" if parts == 1 else f"LoRA ×{parts}"
+
+
+# --- drawings ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What a heat map shows: its values as they are written, and by which of them it colours."""
+
+    title: str
+    name: str
+    about: str
+    field: str
+    ramp: str
+    colour: Callable[[TargetRow], float | None]
+    ticks: tuple[str, str, str] | None = None
+
+
+def _share_of_rank(row: TargetRow) -> float | None:
+    return None if row.effective_rank is None else min(row.effective_rank / row.rank, 1.0)
+
+
+def _measures(rows: Sequence[TargetRow]) -> Iterator[_Measure]:
+    strong = "How strong the updates are"
+    if any(r.ratio is not None for r in rows):
+        about = "Size of each update beside the weight that it is added to (Frobenius norms)."
+        yield _Measure(strong, "‖ΔW‖/‖W‖", about, "ratio", "heat", lambda r: r.ratio)
+    elif any(r.update_norm is not None for r in rows):
+        about = (
+            "Size of each update (Frobenius norm). Give the model as well to see it beside ‖W‖, "
+            "the size of the weight that it is added to."
+        )
+        yield _Measure(strong, "‖ΔW‖", about, "update_norm", "heat", lambda r: r.update_norm)
+    else:
+        about = "The updates were not measured: shown is the rank that each target was given."
+        yield _Measure("What is adapted", "rank", about, "rank", "heat", lambda r: float(r.rank))
+    if any(r.effective_rank is not None and r.rank > 1 for r in rows):
+        about = (
+            "How many directions carry each update (exp of the entropy of its singular values), "
+            "coloured as a share of the rank that it was given."
+        )
+        yield _Measure(
+            "How many directions they use", "effective rank", about, "effective_rank", "rank",
+            _share_of_rank, ("0 %", "50 % of the rank", "100 %"),
+        )  # fmt: skip
+
+
+def _drawings(rows: Sequence[TargetRow], write: Write) -> Iterator[dict[str, Any]]:
+    """Heat maps and spectra, adapter by adapter."""
+    links = {(r.adapter, r.target): f"#t{i}" for i, r in enumerate(rows)}
+    adapters = list(dict.fromkeys(r.adapter for r in rows))
+    for adapter in adapters:
+        own = [r for r in rows if r.adapter == adapter]
+        here = {r.target: links[adapter, r.target] for r in own}
+        said = {here[r.target]: _said(r, write) for r in own}
+        grid = lay_out(own)
+        yield {
+            "suffix": f" of adapter {adapter}" if len(adapters) > 1 else "",
+            "grid": grid,
+            "every": next(n for n in (1, 2, 5, 10, 20, 50, 10**9) if len(grid.columns) <= 20 * n),
+            "written": len(grid.columns) <= _WRITTEN,
+            "maps": [_map(m, grid, here, said, write) for m in _measures(own)],
+            "spectra": _spectra(grid, here, said),
+        }
+
+
+def _said(row: TargetRow, write: Write) -> str:
+    """All there is to say of a target, for where the pointer rests on it."""
+    lines = [row.target, f"{figures.shape(row.shape)}, rank {row.rank}, scale {row.scale:g}"]
+    values = [(n, f, getattr(row, f)) for f, n in _FIELDS[:3]]
+    lines += [f"{name} {write[field](v)}" for name, field, v in values if v is not None]
+    return "\n".join([*lines, *row.words])
+
+
+def _map(
+    measure: _Measure, grid: Grid, links: dict[str, str], said: dict[str, str], write: Write
+) -> dict[str, Any]:
+    from lora_param.report.page.drawing import Ramp
+
+    found = {at: measure.colour(target) for at, target in grid.cells.items()}
+    known = [v for v in found.values() if v is not None and math.isfinite(v) and v > 0]
+    ramp = Ramp.over(known) if measure.ticks is None else Ramp.share()
+    text = write[measure.field]
+    cells = {}
+    for at, target in grid.cells.items():
+        value, url = found[at], links[target.target]
+        marks = {w for w in target.words if w != "not finite"}
+        if value is not None and not math.isfinite(value):
+            marks.add("not finite")
+        hollow = value is None or not math.isfinite(value) or value <= 0
+        cells[at] = {
+            "url": url,
+            "said": said[url],
+            "classes": " ".join(w.replace(" ", "-") for w in _MARKS if w in marks),
+            "colour": "" if hollow or value is None else f"{measure.ramp}{ramp.step(value)}",
+            "text": "!" if "not finite" in marks else text(getattr(target, measure.field)),
+            "marks": marks,
+        }
+    used = {mark for cell in cells.values() for mark in cell["marks"]}
+    ticks = measure.ticks or tuple(map(text, ramp.ticks))
+    return {
+        "measure": measure,
+        "cells": cells,
+        "ticks": ticks if known else (),
+        "marks": [w for w in _MARKS if w in used],
+    }
+
+
+def _spectra(grid: Grid, links: dict[str, str], said: dict[str, str]) -> dict[str, Any] | None:
+    """A panel for each row of the grid, strongest first where there are too many."""
+    from lora_param.report.page.drawing import spectrum, spectrum_floor
+
+    lines: dict[int, list[TargetRow]] = {}
+    for (row, _), target in sorted(grid.cells.items()):
+        values = target.singular_values
+        if values and all(math.isfinite(v) for v in values) and values[0] > 0:
+            lines.setdefault(row, []).append(target)
+    spectra = [t.singular_values or () for of in lines.values() for t in of]
+    if all(len(s) < 2 for s in spectra):
+        return None  # a single value is the norm, which is shown already
+    greatest = {row: max(max(t.singular_values or (0,)) for t in of) for row, of in lines.items()}
+    shown = sorted(sorted(lines, key=lambda row: -greatest[row])[:_PANELS])
+    return {
+        "floor": (floor := spectrum_floor(spectra)),
+        "layered": any(len(of) > 1 for of in lines.values()),
+        "many": any(len(of) > 12 for of in lines.values()),
+        "disabled": any(not t.enabled for of in lines.values() for t in of),
+        "left_out": (len(shown), len(lines)) if len(shown) < len(lines) else None,
+        "panels": [spectrum(grid.labels[r], lines[r], floor, links, said) for r in shown],
+    }

@@ -1,0 +1,71 @@
+"""The rules between names, as text."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_param.errors import NameRuleError
+from lora_param.names.table import Part, default_names, parse_names, read_names
+
+
+def test_the_packaged_rules_can_be_read():
+    names = default_names()
+    assert {"base_model", "model", "_orig_mod"} <= names.prefixes
+    assert len(names.rules) > 20
+    assert any(r.interleaved and r.transposed and r.only == "gpt_oss" for r in names.rules)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("*.a.weight", "it has no '='"),
+        ("a.weight = *.b.weight", "is not '*.' and a name"),
+        ("*.a = *.#.b | *.c", "'#' stands in all parts or in none"),
+        ("*.#.a = *.#.b", "never in the whole"),
+        ("*.a = *.#.b.#.c", "at most one '#'"),
+        ("*.a = *.b *.c", "is no name"),
+        ("*.a = *.b | *.c ; interleaved", "of equal size"),
+        ("*.a = *.b ; sideways", "'sideways' is none of"),
+        ("*.a = *.b ; only", "followed by a model_type"),
+    ],
+)
+def test_a_line_that_is_no_rule_is_shown_with_its_number(line, why):
+    with pytest.raises(NameRuleError) as caught:
+        parse_names(f"# a comment\n\n{line}\n", "my.rules")
+    assert "line 3 of my.rules" in str(caught.value)
+    assert why in str(caught.value)
+
+
+def test_rules_of_a_user_come_first(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("prefix net\n*.qkv.weight = *.query.weight | *.key.weight | *.value.weight\n")
+    names = read_names(path)
+    assert names.rules[0].whole.text == "*.qkv.weight"
+    assert names.canonical("module.net.a.b") == "a.b"
+    assert len(names.rules) == len(default_names().rules) + 1
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(NameRuleError, match="No such file"):
+        read_names(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "found"),
+    [
+        ("*.w.weight", "a.b.w.weight", ("a.b", None)),
+        ("*.w.weight", "w.weight", ("", None)),
+        ("*.w.weight", "a.xw.weight", None),
+        ("*.e.#.w", "a.e.12.w", ("a", 12)),
+        ("*.e.#.w", "a.e.x.w", None),
+    ],
+)
+def test_what_a_part_matches(text, name, found):
+    part = Part(text)
+    assert part.match(name) == found
+    if found is not None:
+        assert part.name(*found) == name
+
+
+def test_the_last_segment_is_never_taken_for_a_prefix():
+    assert default_names().canonical("base_model.model") == "model"
