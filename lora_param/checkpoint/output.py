@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lora_param.checkpoint.archive import archive_jobs
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.jobs import Job, Progress, followed, run_jobs
 from lora_param.checkpoint.merging import Merging
@@ -52,7 +53,9 @@ def file_jobs(merging: Merging, part: Checkpoint, file: IO[bytes]) -> Iterator[J
         part.check_unchanged()
         yield from _safetensors_jobs(merging, part, file)
     elif isinstance(part, PickleCheckpoint):
-        yield Job(partial(_write_pickle, merging, part, file), part.nbytes, path.name)
+        jobs = archive_jobs(merging, part, file)
+        whole = Job(partial(_write_pickle, merging, part, file), part.nbytes, path.name)
+        yield from [whole] if jobs is None else jobs
     else:
         raise TypeError(type(part))
 

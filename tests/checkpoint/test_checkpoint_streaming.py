@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_samples import trained
+from checkpoint_samples import expected, trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,6 +33,7 @@ def large(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: t.to(dtype) for name, t in made.items()}
 
 
+SPARSE = torch.eye(3).to_sparse()
 TARGETS = ["q.weight", "qkv.weight[0/3]", "qkv.weight[:,100:700]", "experts[*]", "conv.weight"]
 
 
@@ -127,3 +129,60 @@ def test_the_bits_do_not_depend_on_threads_or_on_linux(tmp_path: Path, monkeypat
     lp.bake_checkpoint(tmp_path / "base.safetensors", adapter, tmp_path / "plain.safetensors")
     bits = {p: (tmp_path / f"{p}.safetensors").read_bytes() for p in ("1", "3", "plain")}
     assert bits["1"] == bits["3"] == bits["plain"]
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None  # every checksum is that of its data
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_an_archive_of_torch_save_is_patched_and_its_other_members_stay(tmp_path: Path) -> None:
+    original = large(torch.bfloat16)
+    flat = torch.randn(2, 300_000)
+    state = {**original, "tied": original["q.weight"], "half.a": flat[0].view(500, 600)}
+    content = {"model": state, "note": ["x", 1], "other": {"half": flat[1], "sparse": SPARSE}}
+    torch.save(content, tmp_path / "base.pt")
+    _, fresh = create_adapter(
+        tmp_path / "base.pt", ["q", "experts[*]", "half.a", "qkv[:,5:700]"], rank=4, tied="together"
+    )
+    adapter = trained(fresh, size=0.1)
+    out = tmp_path / "out.pt"
+    report = lp.bake_checkpoint(tmp_path / "base.pt", adapter, out, verify=True)
+    assert len(report.rows) == 4
+    before, after = members(tmp_path / "base.pt"), members(out)
+    assert list(before) == list(after)
+    assert sum(before[n] != after[n] for n in before) == 4
+    assert out.stat().st_size == (tmp_path / "base.pt").stat().st_size
+    baked = torch.load(out, weights_only=True)
+    model = Holder(original | {"half.a": state["half.a"]})
+    model.register_parameter("tied", model.q.weight)
+    live = lp.bake(lp.attach(model, adapter)).state_dict()
+    for name in ("q.weight", "experts", "qkv.weight", "half.a", "untouched"):
+        assert torch.equal(baked["model"][name], live[name]), name
+    assert baked["model"]["tied"].data_ptr() == baked["model"]["q.weight"].data_ptr()
+    assert torch.equal(baked["other"]["half"], flat[1])
+
+
+@pytest.mark.parametrize("how", ["apart", "shared", "gaps", "legacy"])
+def test_an_archive_that_cannot_be_patched_is_written_anew(how: str, tmp_path: Path) -> None:
+    w = torch.randn(40, 30)
+    content = {"model": {"a.weight": w, "b.weight": torch.randn(3, 3)}}
+    if how == "apart":
+        content["model"]["c.weight"] = w
+    if how == "shared":
+        content["optimizer"] = {"state": [w[3:]]}
+    if how == "gaps":
+        content["model"]["a.weight"] = w.T
+    path, out = tmp_path / "base.pt", tmp_path / "out.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
+    _, fresh = create_adapter(path, ["a"], rank=2, seed=0, tied="apart")
+    adapter = trained(fresh)
+    lp.bake_checkpoint(path, adapter, out, verify=True)
+    baked = torch.load(out, weights_only=True)
+    W = content["model"]["a.weight"]
+    assert torch.equal(baked["model"]["a.weight"], expected(W, adapter, "a.weight"))
+    if how == "apart":
+        assert torch.equal(baked["model"]["c.weight"], w)
+    if how == "shared":
+        assert torch.equal(baked["optimizer"]["state"][0], w[3:])
