@@ -30,6 +30,8 @@
     │   │   ├── FingerprintError      same names and shapes, another base
     │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
+    │   │   ├── NoDifferenceError     two checkpoints between which no adapter leads
+    │   │   ├── VariantError          an operation that this variant does not allow
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
     │   ├── NameRuleError             a line that is no rule between names
     │   ├── MissingPackageError       a package that only this needs
@@ -68,6 +70,7 @@ __all__ = [
     "ModelError",
     "NameRuleError",
     "NoAdapterError",
+    "NoDifferenceError",
     "NoMatchError",
     "NonFiniteError",
     "NoneSuitableError",
@@ -88,6 +91,7 @@ __all__ = [
     "UnsafePickleError",
     "UnsuitableWeightError",
     "UserError",
+    "VariantError",
     "VerificationError",
     "WrappedModelError",
 ]
@@ -442,6 +446,24 @@ class ResumeError(AdapterError):
             f"the state dict goes on from another base: the frozen weight of {name} has the "
             f"fingerprint {there!r} there and {here!r} here. Load the base that it was trained on, "
             f"apply the adapter, then resume."
+        )
+
+
+class NoDifferenceError(AdapterError):
+    """Two checkpoints between which no adapter leads."""
+
+    def __init__(self, tuned: str, base: str, others: Sequence[str]) -> None:
+        rest = f"; what differs is {listed(others)}" if others else ""
+        super().__init__(f"no matrix of {tuned} differs from {base}{rest}. Nothing was written.")
+
+
+class VariantError(AdapterError):
+    """An operation on updates of another form than it knows."""
+
+    def __init__(self, what: str, adapter: str, key: str, variant: str) -> None:
+        super().__init__(
+            f"{what} works on updates of the form scale·(B @ A); {key} of {adapter} is {variant}. "
+            f"Bake it, and extract the difference."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,6 +44,7 @@ ORDER = [
     "checkpoint",
     "formats",
     "consumers",
+    "arithmetic",
     "report.figures",
     "verification",
     "report",
@@ -136,6 +138,48 @@ def test_a_library_stays_in_its_wing(library: str, allowed: tuple[str, ...]) -> 
         assert not used or module.startswith(allowed), f"{module} imports {library}"
 
 
+HEAVY = ("torch", "numpy", "rich", "typer", "matplotlib", "safetensors", "jinja2", "markupsafe")
+
+
+def imported(nodes: Sequence[ast.AST]) -> set[str]:
+    """The modules that import statements name, a module of this package by its own name."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            ours = {name for name in full if name.removeprefix("lora_param.") in MODULES}
+            found |= ours or {str(node.module)}
+    return {name.removeprefix("lora_param.") for name in found}
+
+
+def brings(module: str, seen: set[str]) -> set[str]:
+    """The heavy libraries that importing a module brings along."""
+    if (root := module.partition(".")[0]) in HEAVY:
+        return {root}
+    if module not in MODULES or module in seen:
+        return set()
+    seen.add(module)
+    parts = module.split(".")
+    parents = {".".join(parts[:i]) for i in range(1, len(parts))}
+    others = imported(ast.parse(MODULES[module].read_text()).body) | parents
+    return set().union(*(brings(other, seen) for other in others))
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m])
+def test_an_import_is_local_only_where_it_keeps_a_library_out(module: str) -> None:
+    own = brings(module, set())
+    for function in ast.walk(ast.parse(MODULES[module].read_text())):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                named = imported([node])
+                spared = set().union(*(brings(name, set()) for name in named)) - own
+                assert spared or named == {"lora_param"}, f"{function.name} imports {named}"
+
+
 def test_the_public_names_are_sorted_and_there() -> None:
     assert lora_param.__all__ == [*sorted(lora_param.__all__[:-1]), "__version__"]
     for a, b in pairwise(lora_param.__all__[:-1]):
@@ -150,6 +194,8 @@ def test_the_public_names_are_these() -> None:
     assert set(lora_param.__all__) == {
         "Adapter",
         "BakeReport",
+        "Diff",
+        "ExtractReport",
         "LoRA",
         "LoraParamError",
         "Plan",
@@ -165,6 +211,10 @@ def test_the_public_names_are_these() -> None:
         "bake_checkpoint",
         "cached",
         "check",
+        "combine",
+        "diff",
+        "extract",
+        "resize",
         "base_state_dict",
         "disable",
         "disabled",

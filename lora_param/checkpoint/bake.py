@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, ClassVar
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
+from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
+from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
 from lora_param.checkpoint.reread import verify_directory, verify_file
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
@@ -279,9 +281,6 @@ def _check_replaceable(directory: Path) -> None:
 def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[str], int]:
     """Write the result; its files' names and their size together."""
     merging.exact = options.verify
-    from lora_param.checkpoint.module import ModuleCheckpoint
-    from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
-
     base, progress = merging.base, options.progress
     force, sync = options.force or options.in_place, options.sync
     done, total = 0, base.nbytes * (2 if options.verify else 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_param.fingerprint import BaseWeight
+from lora_param.fingerprint import BaseWeight, tensor_base_weight
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
@@ -78,8 +78,6 @@ class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
 
     def base_weight(self, name: str) -> BaseWeight:
         """Fingerprint of one entry; reads no more than the sampled elements."""
-        from lora_param.fingerprint import tensor_base_weight
-
         return tensor_base_weight(self[name])
 
     def fingerprint(self, names: Iterable[str] | None = None) -> dict[str, BaseWeight]:

@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.module import ModuleCheckpoint
+from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
+from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
 from lora_param.files.header import TORCH_SAVE
 
@@ -33,8 +37,6 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """
     text = os.fspath(path)
     if text.startswith("python:"):
-        from lora_param.checkpoint.module import ModuleCheckpoint
-
         return _without_key(ModuleCheckpoint(text), key)
     path = Path(path)
     if not text:  # Path("") is the current directory
@@ -42,19 +44,13 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     if not path.exists():
         raise MissingFileError(path, ACCEPTED)
     if path.is_dir() or path.name.endswith(".index.json"):
-        from lora_param.checkpoint.shards import DirectoryCheckpoint
-
         return DirectoryCheckpoint(path, key)
     if not path.is_file():
         raise UnknownFileError(path, "neither a file nor a directory", ACCEPTED)
     kind = path.suffix.lower()
     if kind == ".safetensors" or (kind not in _PICKLES and _looks_safetensors(path)):
-        from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
-
         return _without_key(SafetensorsCheckpoint(path), key)
     if kind in _PICKLES or _looks_pickled(path):
-        from lora_param.checkpoint.pickle import PickleCheckpoint
-
         if _looks_safetensors(path):
             raise BrokenFileError(path, "it is a safetensors file; rename it to .safetensors")
         return PickleCheckpoint(path, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import pickletools
 import re
 import warnings
@@ -113,8 +114,6 @@ def load_pickle(path: Path) -> Any:
         MissingFileError, BrokenFileError, UnsafePickleError, UnknownFileError: see
             `PickleCheckpoint`.
     """
-    import pickle
-
     import torch
 
     try:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 
+from lora_param.cli.terminal import run
+
 __all__ = ["main"]
 
 
 def main() -> None:
     """Entry point of `lora-param` and `python -m lora_param`."""
     from lora_param.cli.commands import app
-    from lora_param.cli.terminal import run
 
     sys.exit(run(app))

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import BrokenFileError, MissingFileError, UnknownFileError
 from lora_param.files.safetensors import SafetensorsFile
 
@@ -147,8 +148,6 @@ def _of_file(path: Path, weights: Path, config: dict[str, Any]) -> Contents:
         shapes = {name: entry.shape for name, entry in file.header.entries.items()}
         arrays: dict[str, Array] = {name: partial(file.array, name) for name in shapes}
         return Contents(path, config, shapes, arrays, file.header.metadata)
-    from lora_param.checkpoint.open import open_checkpoint
-
     with open_checkpoint(weights) as checkpoint:
         shapes = {name: w.shape for name, w in checkpoint.weights.items()}
         held = {name: checkpoint.array(name) for name in shapes}

@@ -15,7 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_param.errors import BrokenFileError, MissingFileError
+from lora_param.errors import BrokenFileError, MissingFileError, OutputError
 
 __all__ = [
     "DTYPES",
@@ -285,8 +285,6 @@ def encode_header(
     Raises:
         OutputError: it would be longer than readers take, or holds a name they do not.
     """
-    from lora_param.errors import OutputError
-
     tree: dict[str, object] = {}
     if metadata:
         tree["__metadata__"] = dict(sorted(metadata.items()))

@@ -87,7 +87,9 @@ def aligned(values: Iterable[float | None]) -> Write:
     def write(value: float | None) -> str:
         if value is None or math.isnan(value):
             return "" if value is None else "NaN"
-        return f"{value:{form}}" if math.isfinite(value) else "∞" if value > 0 else "-∞"
+        if not math.isfinite(value):
+            return "∞" if value > 0 else "-∞"
+        return "0" if value == 0 and form.endswith("e") else f"{value:{form}}"
 
     return write
 

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from lora_param.report import figures
+from lora_param.report.arithmetic import compressed_view, diff_view, extract_view
 from lora_param.report.baked import bake_view
 from lora_param.report.collapse import Group, collapse
 from lora_param.report.layout import View, plain_text, remarks, share_line, split_common
@@ -22,7 +23,7 @@ from lora_param.report.verified import verification_view
 from lora_param.targets.plan import LeftOut, PatternCount, Plan, PlannedTarget
 
 __all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view", "verdict_view"]
-__all__ += ["verification_view"]
+__all__ += ["compressed_view", "diff_view", "extract_view", "verification_view"]
 
 
 # --- stats ------------------------------------------------------------------------------------
@@ -71,7 +72,8 @@ def _target_parts(rows: Sequence[TargetRow]) -> list[RenderableType]:
         Column("shape"),
         *(Column(n, left=n in ("adapter", "variant", "dtype")) for n, _ in varying),
     ]
-    shown += [Column("trainable"), Column("‖ΔW‖", optional=True), Column("‖ΔW‖/‖W‖")]
+    alone = not any(r.ratio is not None for r in rows)  # then ‖ΔW‖ is all there is of their size
+    shown += [Column("trainable"), Column("‖ΔW‖", optional=not alone), Column("‖ΔW‖/‖W‖")]
     shown += [Column("eff. rank", optional=True)]
     measures: Sequence[Callable[[TargetRow], float | None]] = (
         lambda r: r.update_norm,

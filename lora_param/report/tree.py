@@ -1,15 +1,16 @@
 """A tree of dotted names with columns of figures beside it, for terminals and pipes.
 
 Where the terminal is narrow, columns that can be spared go first; the figures of a name that is
-still too long stand below it, in their columns, and nothing wraps.
+still too long stand below it, in their columns. Where no column of figures has room, each figure
+stands below its name with its header before it. A name breaks between its segments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
@@ -91,12 +92,18 @@ class TreeTable:
     rows: Sequence[Row]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in self._lines(options.max_width):
-            yield printable(line, options)
+        for line, below in self._lines(options.max_width):
+            for part in _fold(line, below, options.max_width):
+                yield printable(part, options)
 
-    def _lines(self, width: int) -> Iterator[Text]:
+    def _lines(self, width: int) -> Iterator[tuple[Text, str]]:
+        """Each line, and what stands before the rest of it where it has to be broken."""
         lines = list(_walk(_grow(self.rows), "", top=True))
         widths, room = self._fit(lines, width)
+        deepest = max((len(n.below) for n in lines if n.row), default=0)
+        if deepest + sum(map(_gapped, widths.values())) > width:
+            yield from self._listed(lines, width)
+            return
         figures = sum(map(_gapped, widths.values()))
 
         def is_beside(line: _Line, row: Row) -> bool:
@@ -110,18 +117,30 @@ class TreeTable:
             default=0,
         )
         if any(self.columns[i].header for i in widths):
-            yield Text(" " * room).append_text(self._headers(widths))
+            yield Text(" " * room).append_text(self._headers(widths)), ""
         for line in lines:
             text = _named(line)
             if line.row is None:
-                yield text
+                yield text, line.below
                 continue
             words = _words(line.row)
             if id(line) not in beside:
-                yield text.append_text(words)
+                yield text.append_text(words), line.below
                 text, words = Text().append(line.below, "dim"), Text()
             text.append(" " * (room - cell_len(text.plain)))
-            yield text.append_text(self._cells(line.row, widths)).append_text(words)
+            yield text.append_text(self._cells(line.row, widths)).append_text(words), line.below
+
+    def _listed(self, lines: Sequence[_Line], width: int) -> Iterator[tuple[Text, str]]:
+        """Names with their figures below them, each after its header."""
+        for line in lines:
+            if line.row is None:
+                yield _named(line), line.below
+                continue
+            yield _named(line).append_text(_words(line.row)), line.below
+            cells = zip(self.columns, line.row.cells, strict=True)
+            facts = [f"{c.header} {cell}".strip() for c, cell in cells if cell]
+            for part in _in_lines(facts, width - len(line.below)) if facts else ():
+                yield Text().append(line.below, "dim").append(part), line.below
 
     def _fit(self, lines: Sequence[_Line], width: int) -> tuple[dict[int, int], int]:
         """Widths of the columns to show, by their index, and the room for names beside them."""
@@ -160,14 +179,8 @@ class Facts:
     facts: Sequence[str]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        line = ""
-        for fact in self.facts:
-            longer = f"{line} · {fact}" if line else fact
-            if line and cell_len(longer) > options.max_width:
-                yield printable(Text(line), options)
-                longer = fact
-            line = longer
-        yield printable(Text(line), options)
+        for line in _in_lines(self.facts, options.max_width):
+            yield printable(Text(line), options)
 
 
 def printable(text: Text, options: ConsoleOptions) -> Text:
@@ -178,6 +191,33 @@ def printable(text: Text, options: ConsoleOptions) -> Text:
     text.rstrip()
     text.overflow = "fold"
     return text
+
+
+def _fold(text: Text, below: str, width: int) -> Iterator[Text]:
+    """A line as lines of at most this width, broken after a dot or a blank of a name or remark."""
+    while cell_len(text.plain) > width:
+        start = len(text.plain) - len(text.plain.lstrip("│├└─ "))
+        fits = set_cell_size(text.plain, width).rstrip("\n")
+        ends = fits.rfind(_GAP) + len(_GAP), max(fits.rfind("."), fits.rfind(" ")) + 1
+        end = next((end for end in ends if end > start), max(len(fits), 1))
+        first, rest = text.divide([end])
+        yield first
+        indent = below if len(below) * 2 < width else ""
+        blanks = len(rest.plain) - len(rest.plain.lstrip())
+        text = Text().append(indent, "dim").append_text(rest[blanks:])
+    yield text
+
+
+def _in_lines(facts: Iterable[str], width: int) -> Iterator[str]:
+    """Facts with ` · ` between them, broken only there."""
+    line = ""
+    for fact in facts:
+        longer = f"{line} · {fact}" if line else fact
+        if line and cell_len(longer) > width:
+            yield line
+            longer = fact
+        line = longer
+    yield line
 
 
 def _gapped(width: int) -> int:

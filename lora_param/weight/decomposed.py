@@ -12,13 +12,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.dora import row_cross, row_norms, row_ratios
 from lora_param.weight.dropout import draw_bits
 from lora_param.weight.factored import (
-    base_product,
-    built_product,
     down,
     own_scale,
     prefers_built,
@@ -59,9 +58,9 @@ def decomposed_linear(
     rows = x.reshape(-1, W.shape[1])
     ratios = row_ratios(W, A, B, magnitude, u.scale, squares)
     if prefers_built(W, rows.shape[0], W.shape[1], (u,)):
-        y = built_product(x, W, _build(W, A, B, ratios, u.scale), bias)
+        y = F.linear(rows, _build(W, A, B, ratios, u.scale), bias)
     else:
-        y = rescale(_undivided(x, rows, W, bias, A, B, u, _draw(rows, u))[0], bias, ratios)
+        y = rescale(_undivided(rows, W, bias, A, B, u, _draw(rows, u))[0], bias, ratios)
     return y.view(*x.shape[:-1], W.shape[0])
 
 
@@ -77,7 +76,6 @@ def _build(W: Tensor, A: Tensor, B: Tensor, ratios: Tensor, scale: float) -> Ten
 
 
 def _undivided(
-    given: Tensor,
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
@@ -86,11 +84,8 @@ def _undivided(
     u: Update,
     bits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x Vᵀ + b (T, m) for x as given, (*, n), and folded, (T, n), and A xᵀ (r, T).
-
-    x is without what `bits` drop, before A.
-    """
-    y = base_product(given, W, bias)  # (T, m)
+    """x Vᵀ + b (T, m) for x (T, n), and A xᵀ (r, T); x without what `bits` drop, before A."""
+    y = F.linear(x, W, bias)  # (T, m)
     Ax = down(x, A.to(x.dtype), bits)  # (r, T)
     return y.addmm_(Ax.t(), B.to(x.dtype).t(), alpha=own_scale(u)), Ax
 
@@ -117,7 +112,7 @@ class _Decomposed(torch.autograd.Function):
         norms = row_norms(total)  # (m,)
         ratios = magnitude / norms
         bits = _draw(rows, u)
-        before, Ax = _undivided(x, rows, W, bias, A, B, u, bits)
+        before, Ax = _undivided(rows, W, bias, A, B, u, bits)
         ctx.update = u
         ctx.save_for_backward(
             x, W, bias, A, B, magnitude, squares, slope, norms, ratios, before, Ax, bits
@@ -185,7 +180,7 @@ def _through_a_graph(ctx: Any, grad: Tensor) -> Any:
     inputs = (x, W, bias, A, B, magnitude)
     rows = x.reshape(-1, W.shape[1])
     ratios = row_ratios(W, A, B, magnitude, u.scale, squares)
-    y = rescale(_undivided(rows, rows, W, bias, A, B, u, bits)[0], bias, ratios)
+    y = rescale(_undivided(rows, W, bias, A, B, u, bits)[0], bias, ratios)
     asked = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
     found = iter(torch.autograd.grad(y.view(grad.shape), asked, grad, create_graph=True))
     return *(next(found) if needed else None for needed in ctx.needs_input_grad[:6]), None, None

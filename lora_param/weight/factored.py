@@ -26,8 +26,8 @@ from lora_param.weight.base import left_product, linear, storage_of
 from lora_param.weight.dropout import draw_bits, keep_probability, masks
 from lora_param.weight.update import Update
 
-__all__ = ["base_product", "built_product", "composed_linear", "down", "factored_linear"]
-__all__ += ["own_scale", "prefers_built", "rescale", "scaled_product", "scratch", "through_A"]
+__all__ = ["composed_linear", "down", "factored_linear", "own_scale", "prefers_built", "rescale"]
+__all__ += ["scaled_product", "scratch", "through_A"]
 
 _SCRATCH = 64 << 20  # bytes; the most that a thread keeps for building
 _local = threading.local()
@@ -147,13 +147,15 @@ def _forward(
     kept: list[Tensor | None] | None,
 ) -> Tensor:
     """y (T, m) for x (*, n). `kept` is given, for backward, A xᵀ and each dropout's bits."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, n)
-    given, x = rows if x.is_contiguous() else x, rows
+    late = bias if adds_bias_late(x) else None
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, n)
     if prefers_built(W, x.shape[0], x.shape[1], updates):
         if kept is not None:
             kept += [None, None] * len(updates)
-        return built_product(given, W, _build(W, updates, factors), bias)
-    y = base_product(given, W, bias)  # (T, m)
+        return F.linear(x, _build(W, updates, factors), bias)
+    y = linear(x, W, bias if late is None else None)  # (T, m)
+    if late is not None:
+        y += late
     for u, A, B in zip(updates, factors[::2], factors[1::2], strict=True):
         part_x, bits = _of_input(x, u), None
         if u.dropout:
@@ -165,17 +167,9 @@ def _forward(
     return y
 
 
-def base_product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b with torch's bits: it folds an x with gaps in memory where W trains alone, and
-    rounds before it adds the bias. x (*, n), W (m, n) → (T, m)"""
-    y = linear(x, W, bias)
-    # as a tensor of its own: autograd guards views against writing
-    return y if y.dim() == 2 else torch.ops.aten._unsafe_view(y, (-1, y.shape[-1]))
-
-
-def built_product(x: Tensor, W: Tensor, built: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for what was built of W, which says whether x is folded. → (T, m)"""
-    return base_product(x.reshape(-1, x.shape[-1]) if W.requires_grad else x, built, bias)
+def adds_bias_late(x: Tensor) -> bool:
+    """torch rounds x Wᵀ before the bias is added: in low precision, to an x with gaps in memory."""
+    return x.dim() > 2 and x.dtype.itemsize < 4 and not x.is_contiguous()
 
 
 def own_scale(u: Update) -> float:

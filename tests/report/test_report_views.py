@@ -15,7 +15,7 @@ from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.report.terminal import bake_view, plain_text, plan_view, stats_view
 from lora_param.targets.plan import Settings, make_plan
 
-WIDTHS = [60, 80, 120]
+WIDTHS = [40, 60, 80, 120]
 SHAPES = {
     "embeddings.word_embeddings.weight": (30522, 384),
     **{
@@ -229,9 +229,42 @@ def test_output_that_takes_only_ascii_gets_ascii():
     assert b"384x384" in raw.getvalue()
 
 
+def test_where_columns_have_no_room_each_figure_stands_after_its_header():
+    varying = [
+        row(f"encoder.layer.{i}.attention.self.query.weight", update_norm=1 + i) for i in range(6)
+    ]
+    rows = (*varying, row("encoder.layer.9.attention.self.query.weight", dead=True))
+    stats = stats_view(Stats(rows, 10**7))
+    lines = plain_text(stats, 36).splitlines()
+    assert max(map(len, lines)) <= 36
+    joined = "".join(line.strip("│├└─ ") for line in lines).replace(" ", "")
+    for told in (
+        "encoder.layer",
+        "{0..5}.attention.self.query.weight ×6",
+        "shape 384×384",
+        "trainable 36,864",
+        "‖ΔW‖ 1–6",
+        "‖ΔW‖/‖W‖ 0.062–0.375",
+        "eff. rank 3.50",
+        "9.attention.self.query.weight still zero",
+    ):
+        assert told.replace(" ", "") in joined
+    plan = plain_text(plan_view(make_plan(SHAPES, ["query"])), 20)
+    assert "shape 384×384" in plan
+    assert "trainable 36,864" in plan
+
+
+def test_an_adapter_alone_keeps_the_size_of_its_updates():
+    name = "model.layers.0.self_attn.a_rather_long_name_of_a_projection.weight"
+    text = plain_text(stats_view(Stats((row(name, weight_norm=None),))), 100)
+    assert "‖ΔW‖" in text
+    assert "eff. rank" not in text
+
+
 def test_a_name_wider_than_the_terminal_loses_nothing():
     name = "a" * 90
-    assert plain_text(stats_view(Stats((row(name),), 10**7)), 60).replace("\n", "").count("a" * 60)
+    lines = plain_text(stats_view(Stats((row(name),), 10**7)), 60).splitlines()
+    assert "a" * 90 in "".join(line.strip() for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def product(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
         return composed_linear(x, W, bias, updates, alpha)
     if autocasts(x):
         x, W, bias = autocast(x, W, bias)
-    if alpha is not None:
-        return composed_linear(x, W, bias, updates, alpha)
+    if alpha is not None:  # in rows: torch itself folds x only where W trains, with other bits
+        y = composed_linear(x.reshape(-1, x.shape[-1]), W, bias, updates, alpha)
+        return y.view(*x.shape[:-1], y.shape[-1])
     return factored_linear(x, W, bias, updates)
