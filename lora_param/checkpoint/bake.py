@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.jobs import one_thread
 from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
@@ -188,11 +189,13 @@ def bake_adapters(
     with closing(open_checkpoint(base, options.key)) as checkpoint:
         place = _place(checkpoint, base, out, options.in_place)
         _check_place(checkpoint, adapters, place, options)
-        merging = plan_merging(
-            checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
-        )
+        with one_thread():
+            merging = plan_merging(
+                checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
+            )
         files, size = _write(merging, place, options)
-        found = merging.rows()
+        with one_thread():
+            found = merging.rows()
         rows = list(found.values())
         dead = [
             a.name
@@ -319,7 +322,8 @@ def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[st
 
 def _check_change(merging: Merging) -> None:
     """Enabled targets of a weight that is not 0, and yet nothing differs from the base."""
-    rows = merging.rows()
+    with one_thread():
+        rows = merging.rows()
     meant = [rows[id(p.adapter), p.key] for p in merging.targets if p.weight]
     if meant and not any(row.changed for row in rows.values()):
         raise UnchangedError(

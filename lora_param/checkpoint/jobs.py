@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
-__all__ = ["Job", "Progress", "followed", "run_jobs"]
+__all__ = ["Job", "Progress", "followed", "one_thread", "run_jobs"]
 
 _KEPT = 1 << 22  # elements, 16 MiB: more than a block's buffers take
 _MOST = 16  # threads: more wait for the disk, and for Python's lock
@@ -55,6 +56,22 @@ def followed(jobs: Iterable[Job], last: Callable[[], None]) -> Iterator[Job]:
         yield Job(last)
 
 
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """Torch computes in this thread alone; gives the number of threads that it is set to use.
+
+    For many small tensors: threads that wait for each other cost more than they do.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)  # new threads begin with what was set last
+
+
 def run_jobs(jobs: Iterable[Job], progress: Progress) -> None:
     """Do all jobs, begun in their order; the first error ends it and is raised.
 
@@ -64,9 +81,13 @@ def run_jobs(jobs: Iterable[Job], progress: Progress) -> None:
     import torch
 
     torch.empty(_KEPT)  # glibc then keeps what is freed, up to this, instead of giving it back
-    threads = torch.get_num_threads()
-    workers, jobs = min(threads, _MOST), iter(jobs)
-    with ThreadPoolExecutor(workers, "lora_param", partial(torch.set_num_threads, 1)) as pool:
+    jobs = iter(jobs)
+    with (
+        one_thread() as threads,
+        ThreadPoolExecutor(
+            workers := min(threads, _MOST), "lora_param", partial(torch.set_num_threads, 1)
+        ) as pool,
+    ):
         running: dict[Future[None], Job] = {}
         try:
             while True:
@@ -83,4 +104,3 @@ def run_jobs(jobs: Iterable[Job], progress: Progress) -> None:
                     progress(job.size, job.name)
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # new threads begin with what was set last
