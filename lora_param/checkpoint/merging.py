@@ -14,13 +14,13 @@ from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.errors import NonFiniteError, OptionError
 from lora_param.targets.regions import WHOLE, Region
+from lora_param.weight.blocks import BLOCK, Index, blocks_of, flat_range
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from lora_param.weight.blocks import Index
     from lora_param.weight.update import Deferred, Update
 
 __all__ = ["BakedTarget", "Block", "Measures", "Merging", "plan_merging"]
@@ -183,7 +183,6 @@ class Merging:
 
         One block, of all of it, where updates overlap in part or need more than some rows of W.
         """
-        from lora_param.weight.blocks import blocks_of, flat_range
         from lora_param.weight.variants import variant_named
 
         pieces = self.pieces.get(name, [])
@@ -265,8 +264,6 @@ class Merging:
 
     def cover(self, name: str, shape: tuple[int, ...]) -> Iterator[Block]:
         """`blocks`, and blocks without pieces for the elements between them."""
-        from lora_param.weight.blocks import BLOCK
-
         done, size = 0, prod(shape)
         for block in (*self.blocks(name, shape), Block(size, size)):
             for start in range(done, block.start, BLOCK):
@@ -379,8 +376,6 @@ def _measure(
 def _square(tensor: Tensor) -> float:
     """Σ x²; over many elements not in fp32 alone, where it would lose small ones."""
     import torch
-
-    from lora_param.weight.blocks import BLOCK
 
     parts = torch.split(tensor.reshape(-1), BLOCK)
     return math.fsum(float(torch.dot(part, part)) for part in parts)
