@@ -16,6 +16,9 @@ from typing import IO
 
 from lora_param.errors import BrokenFileError
 
+if sys.platform == "linux":
+    import fcntl
+
 __all__ = ["PlacedFile", "clone_file"]
 
 _PIECE = 1 << 20  # of a plain copy: stays in cache
@@ -111,8 +114,6 @@ def clone_file(source: str | os.PathLike[str], target: IO[bytes]) -> bool:
     """
     if sys.platform != "linux":
         return False
-    import fcntl
-
     with Path(source).open("rb") as opened:
         try:
             fcntl.ioctl(target.fileno(), _FICLONE, opened.fileno())
