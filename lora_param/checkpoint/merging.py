@@ -149,6 +149,8 @@ class Merging:
         dtype: what floating tensors are stored as, or None for what they are.
         disabled: keys of targets that take no part.
         exact: measure norms over every block instead of one in some.
+        link: files that nothing changes may be hard links to the base's.
+        max_shard_size: divide a directory's weights anew, into files of so many bytes.
     """
 
     base: Checkpoint
@@ -156,6 +158,8 @@ class Merging:
     dtype: torch.dtype | None
     disabled: list[str]
     exact: bool = False
+    link: bool = False
+    max_shard_size: int | None = None
     _measures: dict[tuple[int, str], dict[str, list[Measures]]] = field(default_factory=dict)
 
     @property
