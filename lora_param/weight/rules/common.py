@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_param.weight.adapted import AdaptedWeight, lower
 from lora_param.weight.base import dense, storage_of
@@ -61,9 +62,20 @@ def built(value: Any) -> Any:
     return value.build() if isinstance(value, AdaptedWeight) else value
 
 
+def _traced() -> bool:
+    """`torch.jit.trace` records; torch.compile cannot be asked."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def tracing() -> bool:
-    """Operations are being recorded or transformed: only torch's own, out of place, may be used."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Operations are being recorded, transformed or differentiated forward: only torch's own, out
+    of place, may be used."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 def autocast(*tensors: Tensor | None) -> list[Any]:
@@ -120,13 +132,14 @@ def dense_is_cheaper(V: NormalForm, rows: int, m: int, n: int) -> bool:
     rows·r·(m + n), the build m·n·r. Training pays each three times, and a built weight needs its
     own gradient besides, rows·m·n, where W itself is frozen. Low precisions are never built here,
     which would round W + ΔW, nor is a weight with dropout, whose input a built one does not see.
+    A trace counts as training: it is run with gradients, however it was recorded.
     """
     low = V.base.dtype not in (torch.float32, torch.float64)
     if low or any(u.dropout for u in V.updates):
         return False
     r = sum(u.A.shape[-2] for u in V.updates)
     lazy, dense = rows * r * (m + n), m * n * r
-    if torch.is_grad_enabled() and V.differentiable:
+    if (torch.is_grad_enabled() and V.differentiable) or _traced():
         lazy, dense = 3 * lazy, 3 * dense
         if not V.base.requires_grad:
             dense += rows * m * n
