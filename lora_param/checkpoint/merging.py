@@ -253,7 +253,7 @@ class Merging:
             deltas = [u.of_block(block.index).delta(own, wide).view(shape) for u in updates]
         kept = _add(part, zip(regions, deltas, strict=True), wide).to(dtype)
         changed = [_count_changed(part[r.index].to(dtype), kept[r.index]) for r in regions]
-        if _may_overflow(kept) and _overflows(part, kept):
+        if _may_overflow(kept) and _overflows(part.to(wide), kept.to(wide)):
             raise NonFiniteError(f"{name} with its update, stored as {dtype},")
         totals = [part[r.index].numel() for r in regions]
         measures = list(map(Measures, changed, totals))
@@ -414,7 +414,7 @@ def _may_overflow(tensor: Tensor) -> bool:
 
     bits = _bits(tensor)
     infinite = torch.tensor(math.inf).to(tensor.dtype)
-    if not infinite.isinf() or not bits.size:
+    if not math.isinf(infinite.item()) or not bits.size:
         return True
     return bool((bits & np.iinfo(bits.dtype).max).max() >= _bits(infinite))
 
