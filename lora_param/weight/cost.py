@@ -31,7 +31,7 @@ __all__ = ["prefers_built"]
 _MOVED = 32
 """Multiplications in the time that it takes to read and write an element. Measured on an x86 server
 with MKL, fp32, one thread, the values that choose rightly lie between 23, from which on a training
-step of a convolution of 3 to 64 channels is built (0.66 to 0.82 of the factored one's time), and 69,
+step of a convolution of 3 to 64 channels is built (0.66 to 0.82 of the factored time), and 69,
 up to which products with a 256 × 256 stack are not (built takes 1.0 to 1.2 of it)."""
 
 
