@@ -9,13 +9,15 @@ of the lines say what the arguments are: the functions are short, and their list
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
-from lora_param.adapter import Adapter, check_name
+from lora_param.adapter import Adapter, AdapterTarget, Host, check_name
+from lora_param.arithmetic.approximate import approximate
+from lora_param.arithmetic.combine import Compressed
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import NoAdapterError, OptionError, OutputError
@@ -25,6 +27,9 @@ from lora_param.formats import (
     toggle_file,
     write_adapter,
 )
+from lora_param.formats.kohya import LAYERS as KOHYA_LAYERS
+from lora_param.formats.peft.kinds import kinds_of
+from lora_param.formats.portable import SERVED
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.stats import Stats
@@ -397,20 +402,27 @@ def convert(
     base: nn.Module | PathLike | None = None,
     layout: str | None = None,
     key: str | None = None,
+    lossy: bool = False,
+    rank: int | None = None,
+    report: Callable[[Compressed], None] | None = None,
     check_fingerprint: bool = True,
     force: bool = False,
     sync: bool = True,
 ) -> Adapter:
-    """Write an adapter in another format, without loss.
+    """Write an adapter in another format, without loss unless that is asked for.
 
     Args:
         adapter: a record, or the path of one in any format that `read_adapter` takes.
-        to: "native" or "peft".
-        out: the file to write, for "peft" the directory.
+        to: a name of `FORMATS`: "native", "peft", "portable" (what every server takes), "kohya".
+        out: the file to write, for "peft" and "portable" the directory.
         base: the model or the checkpoint that it is for. A file of another tool leaves open what
             only the base tells, such as how it stores its weights; PEFT's depends on its layers.
         layout: as for `read_adapter`.
         key: which nested state dict of a pickled checkpoint.
+        lossy: where the format has no form for something, write the nearest that it has: other
+            variants as plain LoRA of their rank, copies and layers without a form left out.
+        rank: with `lossy`, of all targets.
+        report: with `lossy`, called with what became of each target that lost something.
         check_fingerprint: refuse a base that the adapter was not made on.
         force: replace an adapter that exists.
         sync: have the data on the disk before the name shows them.
@@ -427,24 +439,47 @@ def convert(
 
     >>> convert("peft-directory", "native", "adapter.safetensors", base="model")  # doctest: +SKIP
     """
+    if rank is not None and not lossy:
+        raise OptionError("rank", rank, "nothing without --lossy (lossy=True)")
     record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, layout=layout)
+
+    def written(record: Adapter, host: Host | None) -> Adapter:
+        record.check_finite()
+        if lossy:
+            record = _nearest(record, to, host, rank, report)
+        write_adapter(record, out, to, force=force, sync=sync)
+        return record
+
     if isinstance(base, (str, os.PathLike)):
         with open_checkpoint(base, key) as checkpoint:
             record = check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
-            return _written(
-                replace(record, weights_at_hand=checkpoint.weights), to, out, force, sync
-            )
+            host = Host(str(base), checkpoint.weights, checkpoint.__getitem__)
+            return written(replace(record, weights_at_hand=host.weights), host)
     if base is not None:
-        from lora_param.model.record import check_base
+        from lora_param.model.record import check_base, host_of
         from lora_param.model.sites import unwrapped
 
         model = unwrapped(base)
         record = check_base(model, record, check_fingerprint)
-        record = replace(record, weights_at_hand=weights_of(model))
-    return _written(record, to, out, force, sync)
+        host = host_of(model)
+        return written(replace(record, weights_at_hand=host.weights), host)
+    return written(record, None)
 
 
-def _written(record: Adapter, to: str, out: PathLike, force: bool, sync: bool) -> Adapter:
-    record.check_finite()
-    write_adapter(record, out, to, force=force, sync=sync)
-    return record
+def _nearest(
+    record: Adapter,
+    to: str,
+    host: Host | None,
+    rank: int | None,
+    report: Callable[[Compressed], None] | None,
+) -> Adapter:
+    """What a format has a form for; all of it where nothing is lost."""
+    if rank is None and to not in ("portable", "kohya"):
+        return record
+    kinds = kinds_of(record) if to in ("portable", "kohya") else {}
+    served = SERVED if to == "portable" else KOHYA_LAYERS if to == "kohya" else None
+
+    def has_form(t: AdapterTarget) -> bool:
+        return served is None or kinds.get(t.target.name) in served
+
+    return approximate(record, host, has_form, rank=rank, report=report)

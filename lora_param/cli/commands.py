@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -307,14 +308,27 @@ def convert(
             metavar="ADAPTER", help="An adapter file or a PEFT directory.", show_default=False
         ),
     ],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="native or peft.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="native, peft, portable or kohya.")
+    ],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="OUT", help="A file; for peft a directory."),
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="A file; for peft and portable a directory."
+        ),
     ],
     base: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="What the adapter is for; as MODEL elsewhere."),
+    ] = None,
+    lossy: Annotated[
+        bool,
+        typer.Option(
+            "--lossy", help="Write the nearest that the format has, and say what it loses."
+        ),
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option("-r", "--rank", help="With --lossy: the rank of all targets.")
     ] = None,
     key: Key = None,
     layout: Layout = None,
@@ -323,10 +337,13 @@ def convert(
     no_sync: NoSync = False,
     json: Json = False,
 ) -> None:
-    """Write an adapter in another format, without loss.
+    """Write an adapter in another format, without loss unless --lossy is given.
+
+    portable is a PEFT directory that every server takes: one rank and alpha, plain A and B.
 
     Example: lora-param convert peft-directory --to native --base model -o adapter.safetensors
     """
+    rows: list[Any] = []
     record = lp.convert(
         adapter,
         to,
@@ -334,14 +351,24 @@ def convert(
         base=base,
         layout=layout,
         key=key,
+        lossy=lossy,
+        rank=rank,
+        report=rows.append,
         check_fingerprint=not ignore_fingerprint,
         force=force,
         sync=not no_sync,
     )
     if json:
-        found = {"format": to, "targets": list(record.targets), "notes": list(record.notes)}
+        found: dict[str, Any] = {"format": to, "targets": list(record.targets)}
+        found["notes"] = list(record.notes)
+        if lossy:
+            found["lossy"] = [asdict(row) for row in rows]
         show_json({"output": str(output), **found})
         return
+    if rows:
+        from lora_param.report.terminal import compressed_view
+
+        show(compressed_view(rows))
     show(*record.notes, f"Wrote {output}: {len(record.targets)} targets as {to}.")
 
 

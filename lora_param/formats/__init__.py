@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_param.adapter import Adapter
 from lora_param.errors import MissingFileError, NoFormError, OptionError
-from lora_param.formats import native, peft
+from lora_param.formats import kohya, native, peft, portable
 from lora_param.formats.base import Format
 from lora_param.formats.native import check_adapter_name
 from lora_param.formats.unknown import ACCEPTED, unknown_adapter
@@ -25,7 +25,9 @@ __all__ = [
     "write_adapter",
 ]
 
-FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, peft.FORMAT)}
+FORMATS: dict[str, Format] = {
+    f.name: f for f in (native.FORMAT, peft.FORMAT, portable.FORMAT, kohya.FORMAT)
+}
 """Name → format, in the order in which they are tried."""
 
 
@@ -42,7 +44,7 @@ def read_adapter(path: str | os.PathLike[str], *, layout: str | None = None) -> 
     """Read an adapter of any format; its tensors are read when they are asked for.
 
     Args:
-        path: a native adapter file, or a directory or file of PEFT.
+        path: a native adapter file, a directory or file of PEFT, or a file of kohya's sd-scripts.
         layout: "out-in" or "in-out": how the base stores square weights, for a file that does not
             tell and a base whose classes are unknown.
 

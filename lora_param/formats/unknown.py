@@ -9,15 +9,13 @@ from lora_param.files.header import read_header
 
 __all__ = ["ACCEPTED", "unknown_adapter"]
 
-_FAMILIES = (
-    ((".lora_down.weight", ".lora_up.weight"), "a kohya adapter"),
-    ((".hada_w1_a", ".lokr_w1", ".lokr_w1_a"), "a LyCORIS adapter"),
-)
+_FAMILIES = (((".hada_w1_a", ".lokr_w1", ".lokr_w1_a"), "a LyCORIS adapter"),)
 
 
 ACCEPTED = (
-    "an adapter file (.safetensors), as lora-param apply or lora_param.save writes it, or a "
-    "directory of PEFT (adapter_config.json and adapter_model.safetensors)"
+    "an adapter file (.safetensors), as lora-param apply or lora_param.save writes it, a "
+    "directory of PEFT (adapter_config.json and adapter_model.safetensors), or a file of "
+    "sd-scripts (lora_unet_...)"
 )
 
 

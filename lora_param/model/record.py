@@ -19,7 +19,7 @@ from lora_param.model.weights import weights_of
 from lora_param.targets.regions import Target
 from lora_param.weight.base import dense
 
-__all__ = ["check_base", "fingerprint", "get_adapter", "load_into"]
+__all__ = ["check_base", "fingerprint", "get_adapter", "host_of", "load_into"]
 
 
 def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, BaseWeight]:
@@ -40,6 +40,16 @@ def _fingerprint(owner: nn.Module, tensor: str) -> BaseWeight:
     return replace(found, hash=whole)
 
 
+def host_of(model: nn.Module) -> Host:
+    """The model's base, as an adapter of another tool is settled for it."""
+    where = owners(model)
+
+    def value(name: str) -> Tensor:
+        return dense(base_tensor(*where[name])).detach()
+
+    return Host("the model", weights_of(model), value)
+
+
 def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> Adapter:
     """Check that an adapter fits the model's base, as `check_fit` does.
 
@@ -47,13 +57,7 @@ def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> A
         The adapter, with all settled that its file leaves open.
     """
     if adapter.settle is not None:
-        where = owners(model)
-
-        def value(name: str) -> Tensor:
-            return dense(base_tensor(*where[name])).detach()
-
-        host = Host("the model", weights_of(model), value)
-        adapter = adapter.on(host)
+        adapter = adapter.on(host_of(model))
         adapter.check_finite()  # nobody has looked at it yet
     names = (n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart))
     base = fingerprint(model, names)

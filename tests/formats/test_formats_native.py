@@ -282,7 +282,6 @@ def test_what_is_no_adapter_is_said_to_be_what_it_is(tmp_path):
     assert not is_adapter(tmp_path / "base.safetensors")
     for names, what in (
         (["model.layers.0.weight"], "a model"),
-        (["lora_unet_x.lora_down.weight"], "kohya"),
         (["lycoris_x.lokr_w1"], "LyCORIS"),
     ):
         save_file({n: torch.ones(2, 2) for n in names}, tmp_path / "x.safetensors")

@@ -44,15 +44,29 @@ class Pair:
         return int(self.A.shape[-2])
 
 
-def pair_of(adapter: Adapter, keys: Sequence[str], kind: Layer) -> Pair:
+def pair_of(
+    adapter: Adapter,
+    keys: Sequence[str],
+    kind: Layer,
+    tool: str = "PEFT",
+    *,
+    any_side: bool = False,
+) -> Pair:
     """All updates of one weight as one pair.
 
+    Args:
+        adapter: of which.
+        keys: its targets on the weight.
+        kind: of layer.
+        tool: whose form it is for, for messages.
+        any_side: DoRA's lengths may be of the columns or of the rows of W.
+
     Raises:
-        NoFormError: PEFT has none for them.
+        NoFormError: the tool has none for them.
     """
     targets = [adapter.targets[k] for k in keys]
     for key, t in zip(keys, targets, strict=True):
-        _check(adapter, key, t, kind, alone=len(keys) == 1)
+        _check(adapter, key, t, kind, tool, alone=len(keys) == 1, any_side=any_side)
     pairs = [_plain(adapter, k, t) for k, t in zip(keys, targets, strict=True)]
     if len(pairs) == 1 and (targets[0].target.region.is_whole or targets[0].target.region.stacked):
         return pairs[0]
@@ -66,7 +80,10 @@ def pair_of(adapter: Adapter, keys: Sequence[str], kind: Layer) -> Pair:
         region = t.target.region
         if region.columns is not None and len(shape) != 2:
             raise NoFormError(
-                adapter.source, str(t.target), "columns of a convolution, which PEFT has not", _BAKE
+                adapter.source,
+                str(t.target),
+                f"columns of a convolution, which {tool} has not",
+                _BAKE,
             )
         A, B = p.A.new_zeros(p.rank, columns), p.B.new_zeros(rows, p.rank)
         A[:, slice(*region.columns) if region.columns else slice(None)] = p.A
@@ -76,32 +93,41 @@ def pair_of(adapter: Adapter, keys: Sequence[str], kind: Layer) -> Pair:
     return Pair(torch.cat(As), torch.cat(Bs, 1), scale)
 
 
-def _check(adapter: Adapter, key: str, t: AdapterTarget, kind: Layer, *, alone: bool) -> None:
+def _check(
+    adapter: Adapter,
+    key: str,
+    t: AdapterTarget,
+    kind: Layer,
+    tool: str,
+    *,
+    alone: bool,
+    any_side: bool,
+) -> None:
     def no(why: str, instead: str = _BAKE) -> NoFormError:
         return NoFormError(adapter.source, key, why, instead)
 
     variant, region = t.settings.variant, t.target.region
     if not t.enabled:
-        raise no("disabled, and PEFT has no such switch", "enable it, or take it out first")
+        raise no(f"disabled, and {tool} has no such switch", "enable it, or take it out first")
     if t.also:
-        raise no(f"shared with {t.also[0]}, and PEFT adapts one name of a tie", "apply it apart")
+        raise no(f"shared with {t.also[0]}, and {tool} adapts one name of a tie", "apply it apart")
     of_columns = kind in ("conv1d", "embedding")
     if variant in ("dora", "dora_columns"):
         if kind in ("attention", "parameter", "in_first"):
-            raise no("DoRA, which PEFT does not have there")
-        if (variant == "dora_columns") != of_columns:
-            raise no("DoRA over the other side of the weight than PEFT's")
+            raise no(f"DoRA, which {tool} does not have there")
+        if (variant == "dora_columns") != of_columns and not any_side:
+            raise no(f"DoRA over the other side of the weight than {tool}'s")
         if t.strength != 1:
-            raise no(f"DoRA at strength {t.strength:g}, which PEFT does not have")
+            raise no(f"DoRA at strength {t.strength:g}, which {tool} does not have")
         if not region.is_whole or not alone:
-            raise no("DoRA of a part of a weight, which PEFT does not have")
+            raise no(f"DoRA of a part of a weight, which {tool} does not have")
     dims = len(adapter.base[t.target.name].shape)
     if region.stacked and kind not in ("parameter", "in_first"):
-        raise no(f"a stack in a layer of kind {kind}, which PEFT does not have")
+        raise no(f"a stack in a layer of kind {kind}, which {tool} does not have")
     if dims > 2 and not region.stacked and kind != "conv":
-        raise no("a stack as one matrix, which PEFT does not have")
+        raise no(f"a stack as one matrix, which {tool} does not have")
     if dims > 3 and kind != "conv":
-        raise no(f"of {dims} dimensions, and PEFT takes parameters of 2 and 3")
+        raise no(f"of {dims} dimensions, and {tool} takes parameters of 2 and 3")
 
 
 def _plain(adapter: Adapter, key: str, t: AdapterTarget) -> Pair:

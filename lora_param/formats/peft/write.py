@@ -54,8 +54,14 @@ class _Written:
     lora_bias: bool = False
 
 
-def write_peft(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
+def write_peft(
+    adapter: Adapter, path: Path, *, force: bool, sync: bool, leaves: bool = False
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into a directory of their own.
+
+    Args:
+        adapter, path, force, sync: as for `Write`.
+        leaves: `target_modules` lists last names, whatever else of the base has them.
 
     Raises:
         NoFormError: PEFT has no form for something in it.
@@ -75,6 +81,9 @@ def write_peft(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None
             "give the base (--base MODEL, base=)",
         )
     config, tensors = _encode(adapter)
+    if leaves:
+        names = config["target_modules"]
+        config["target_modules"] = sorted({n.rpartition(".")[2] for n in names})
     entries: dict[str, StreamEntry] = {}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
