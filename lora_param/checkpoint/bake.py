@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.jobs import one_thread
 from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
@@ -188,15 +189,18 @@ def bake_adapters(
     with closing(open_checkpoint(base, options.key)) as checkpoint:
         place = _place(checkpoint, base, out, options.in_place)
         _check_place(checkpoint, adapters, place, options)
-        merging = plan_merging(
-            checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
-        )
+        with one_thread():
+            merging = plan_merging(
+                checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
+            )
         files, size = _write(merging, place, options)
-        rows = [merging.rows[id(p.adapter), p.key] for p in merging.targets]
+        with one_thread():
+            found = merging.rows()
+        rows = list(found.values())
         dead = [
             a.name
             for a, _ in adapters
-            if (own := [merging.rows[k] for k in merging.rows if k[0] == id(a)])
+            if (own := [row for key, row in found.items() if key[0] == id(a)])
             and all(row.dead for row in own)
         ]
         return BakeReport(
@@ -279,6 +283,7 @@ def _check_replaceable(directory: Path) -> None:
 
 def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[str], int]:
     """Write the result; its files' names and their size together."""
+    merging.exact = options.verify
     base, progress = merging.base, options.progress
     force, sync = options.force or options.in_place, options.sync
     done, total = 0, base.nbytes * (2 if options.verify else 1)
@@ -317,8 +322,10 @@ def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[st
 
 def _check_change(merging: Merging) -> None:
     """Enabled targets of a weight that is not 0, and yet nothing differs from the base."""
-    meant = [merging.rows[id(p.adapter), p.key] for p in merging.targets if p.weight]
-    if meant and not any(row.changed for row in merging.rows.values()):
+    with one_thread():
+        rows = merging.rows()
+    meant = [rows[id(p.adapter), p.key] for p in merging.targets if p.weight]
+    if meant and not any(row.changed for row in rows.values()):
         raise UnchangedError(
             dict.fromkeys(p.adapter.source for p in merging.targets),
             len(meant),
@@ -332,6 +339,11 @@ def _notes(checkpoint: Checkpoint, rows: Sequence[BakedTarget]) -> list[str]:
         notes.append("No target is enabled: the result holds the base's weights.")
     elif not any(row.changed for row in rows):
         notes.append("No element changed: the result holds the base's weights.")
+    if any(row.measured < row.total for row in rows):
+        notes.append(
+            "Norms and rounding loss are estimated from every eighth block of rows; "
+            "--verify measures all of them."
+        )
     if lost := [row.target for row in rows if row.lost]:
         notes.append(f"Too small for the stored dtype to hold: the update of {', '.join(lost)}.")
     if isinstance(checkpoint, DirectoryCheckpoint):

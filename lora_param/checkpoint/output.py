@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lora_param.checkpoint.archive import archive_jobs
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.jobs import Job, Progress, followed, run_jobs
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
+from lora_param.checkpoint.streaming import Copied, Merged, jobs_of
 from lora_param.errors import OutputError
-from lora_param.files.header import Entry
-from lora_param.files.safetensors import NAMES, StreamEntry, tensor_bytes, write_safetensors
-from lora_param.files.writer import copy_range
+from lora_param.files.header import DTYPES, Entry
+from lora_param.files.placed import PlacedFile, clone_file
+from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,57 +32,79 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "write_directory", "write_file", "write_state_dict"]
 
-Progress = Callable[[int, str], None]
-"""Called with a number of bytes just done and what they belong to."""
-
 
 def write_file(merging: Merging, part: Checkpoint, file: IO[bytes], progress: Progress) -> None:
-    """Write one file of weights anew: byte for byte, but for what the merging changes."""
-    touched = [name for name in part if name in merging.pieces]
+    """Write one file of weights anew: byte for byte, but for what the merging changes.
+
+    Of safetensors and of the zip files of torch.save no more than some blocks are in memory.
+    """
+    run_jobs(file_jobs(merging, part, file), progress)
+
+
+def file_jobs(merging: Merging, part: Checkpoint, file: IO[bytes]) -> Iterator[Job]:
+    """The jobs that write one file of weights into an empty one."""
+    path = Path(part.path)
+    touched = any(name in merging.pieces for name in part)
     if merging.dtype is None and not touched:
-        with Path(part.path).open("rb") as source:
-            size = Path(part.path).stat().st_size
-            copy_range(source, file, 0, size, lambda n: progress(n, Path(part.path).name))
+        if not clone_file(path, file):
+            size = path.stat().st_size
+            yield from jobs_of(merging, PlacedFile(file, size), [Copied(path, 0, size, 0)])
     elif isinstance(part, SafetensorsCheckpoint):
-        if merging.dtype is None:
-            _patch_safetensors(merging, part, file, progress)
-        else:
-            _cast_safetensors(merging, part, file, progress)
+        part.check_unchanged()
+        yield from _safetensors_jobs(merging, part, file)
     elif isinstance(part, PickleCheckpoint):
-        _write_pickle(merging, part, file, progress)
+        jobs = archive_jobs(merging, part, file)
+        whole = Job(partial(_write_pickle, merging, part, file), part.nbytes, path.name)
+        yield from [whole] if jobs is None else jobs
     else:
         raise TypeError(type(part))
 
 
-def _patch_safetensors(
-    merging: Merging, part: SafetensorsCheckpoint, file: IO[bytes], progress: Progress
-) -> None:
-    """The same file with the targets' bytes replaced: the header and all else are copied."""
-    header, done = part.header, 0
-    with part.path.open("rb") as source:
-        for name, entry in header.entries.items():
-            if name not in merging.pieces:
+def _safetensors_jobs(
+    merging: Merging, part: SafetensorsCheckpoint, file: IO[bytes]
+) -> Iterator[Job]:
+    """The same names, in the same places where no dtype changes: then the header is copied."""
+    header = part.header
+    if merging.dtype is None:
+        start, placed, size = header.start, header.entries, header.size - header.start
+        first = Copied(part.path, 0, start, 0)
+        yield from jobs_of(
+            merging,
+            PlacedFile(file, start + size),
+            [first, *_entry_parts(merging, part, placed, start)],
+        )
+        return
+    text, placed, size = place_entries(
+        {n: (_cast_name(merging, e), e.shape) for n, e in header.entries.items()},
+        part.metadata,
+        part.path.name,
+    )
+    target = PlacedFile(file, len(text) + size)
+    target.write(text, 0)
+    yield from jobs_of(merging, target, _entry_parts(merging, part, placed, len(text)))
+
+
+def _entry_parts(
+    merging: Merging, part: SafetensorsCheckpoint, placed: Mapping[str, Entry], first: int
+) -> Iterator[Copied | Merged]:
+    """What an output's entries, whose data begin at `first`, are made of."""
+    for name, entry in placed.items():
+        own = part.header.entries[name]
+        source, offset = part.header.start + own.start, first + entry.start
+        if entry.dtype == own.dtype and name not in merging.pieces:
+            yield Copied(part.path, source, source + own.stop - own.start, offset)
+            continue
+        size = DTYPES[entry.dtype][0] // 8
+        cast = entry.dtype != own.dtype
+        blocks = merging.cover(name, own.torch_shape)
+        for changed, group in groupby(blocks, attrgetter("is_changed")):
+            found = tuple(group)
+            if cast or changed:
+                yield Merged(part, name, found, offset, size)
                 continue
-            start, stop = header.start + entry.start, header.start + entry.stop
-            copy_range(source, file, done, start, lambda n: progress(n, part.path.name))
-            file.write(tensor_bytes(merging.stored(name, part[name])))
-            progress(stop - start, name)
-            done = stop
-        copy_range(source, file, done, header.size, lambda n: progress(n, part.path.name))
-
-
-def _cast_safetensors(
-    merging: Merging, part: SafetensorsCheckpoint, file: IO[bytes], progress: Progress
-) -> None:
-    entries: dict[str, StreamEntry] = {}
-    for name, entry in part.header.entries.items():
-        dtype = _cast_name(merging, entry)
-        entries[name] = (dtype, entry.shape, partial(_stored, merging, part, name))
-    write_safetensors(file, entries, part.metadata, progress=progress)
-
-
-def _stored(merging: Merging, part: Checkpoint, name: str) -> Tensor:
-    return merging.stored(name, part[name])
+            for block in found:
+                start, stop = block.start * size, block.stop * size
+                yield Copied(part.path, source + start, source + stop, offset + start)
 
 
 def _cast_name(merging: Merging, entry: Entry) -> str:
@@ -90,14 +118,12 @@ def _name_of(dtype: torch.dtype) -> str:
     return NAMES[str(dtype).removeprefix("torch.")]
 
 
-def _write_pickle(
-    merging: Merging, part: PickleCheckpoint, file: IO[bytes], progress: Progress
-) -> None:
+def _write_pickle(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> None:
     """The same content with the state dict's tensors replaced; ties and all else stay."""
     import torch
 
-    content = _with_replaced(part.content, part.nesting, _new_values(merging, part, progress))
-    torch.save(content, file)
+    values = _new_values(merging, part, lambda *_: None)
+    torch.save(_with_replaced(part.content, part.nesting, values), file)
 
 
 def _new_values(merging: Merging, part: Checkpoint, progress: Progress) -> dict[str, Tensor]:
@@ -117,7 +143,7 @@ def _new_values(merging: Merging, part: Checkpoint, progress: Progress) -> dict[
         alike = frozenset(n for n in (name, *weight.tied) if merging.same_updates(n, name))
         value = shared.get(alike)
         if value is None:
-            stored = merging.stored(name, W)
+            stored = merging.stored(name, W, noted=True)
             value = shared[alike] = stored.clone() if stored is W else stored
         values[name] = value
     return values
@@ -172,12 +198,16 @@ def write_state_dict(
     import torch
 
     entries: dict[str, StreamEntry] = {}
+
+    def content(name: str) -> Tensor:
+        return merging.stored(name, base[name], noted=True)
+
     for name in state_dict:
         dtype = str(base[name].dtype).removeprefix("torch.") if name in base else "no tensor"
         if dtype not in NAMES:
             raise OutputError(path, f"safetensors cannot hold {name}, which is {dtype}")
         stored = _name_of(merging.stored_dtype(getattr(torch, dtype)))
-        entries[name] = (stored, tuple(base[name].shape), partial(_stored, merging, base, name))
+        entries[name] = (stored, tuple(base[name].shape), partial(content, name))
     write_safetensors(file, entries, {"format": "pt"}, progress=progress)
 
 
@@ -192,15 +222,27 @@ def write_directory(
         source, _, why = error.args[0][0]
         raise OutputError(out, f"{source} cannot be copied ({why})") from error
     out.chmod(out.stat().st_mode | 0o700)  # copytree gave it the base's mode
-    for name, part in base.parts.items():
-        place = out / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("x+b") as file:
-            write_file(merging, part, file, progress)
-        place.chmod(Path(part.path).stat().st_mode & 0o7777 | 0o200)
+    with ExitStack() as files:
+        run_jobs(_shard_jobs(merging, base, out, files), progress)
     if merging.dtype is not None:
         _cast_json(merging, base, out)
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+
+
+def _shard_jobs(
+    merging: Merging, base: DirectoryCheckpoint, out: Path, files: ExitStack
+) -> Iterator[Job]:
+    """The jobs of all shards, each of which is closed as soon as it is written."""
+
+    def finish(file: IO[bytes], part: Checkpoint) -> None:
+        file.close()
+        Path(file.name).chmod(Path(part.path).stat().st_mode & 0o7777 | 0o200)
+
+    for name, part in base.parts.items():
+        place = out / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = files.enter_context(place.open("x+b"))
+        yield from followed(file_jobs(merging, part, file), partial(finish, file, part))
 
 
 def _ignoring(root: Path, names: set[str]) -> Callable[[str, list[str]], Iterable[str]]:
