@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.quantized.logical import logical
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
@@ -25,6 +26,8 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """Open the weights at a path, without reading them.
 
+    Quantized weights of a format that is known have the names, shapes and dtypes of the model.
+
     Args:
         path: a file, a directory, an `index.json` of shards, or `python:package.module:callable`.
         key: dotted name of the state dict in a pickle that nests it; by default the one found.
@@ -35,6 +38,11 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         BrokenFileError, UnsafePickleError: it cannot, or must not, be read.
         OptionError: there is no state dict of this key.
     """
+    return logical(_open_stored(path, key))
+
+
+def _open_stored(path: str | os.PathLike[str], key: str | None) -> Checkpoint:
+    """The weights as they are stored, quantized ones too."""
     text = os.fspath(path)
     if text.startswith("python:"):
         return _without_key(ModuleCheckpoint(text), key)
