@@ -9,8 +9,9 @@ The room is long for its checks of the output: they belong before the first byte
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -26,6 +27,7 @@ from lora_param.checkpoint.reread import verify_directory, verify_file
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
 from lora_param.errors import FileError, OptionError, OutputError, UnchangedError
+from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output, replace_directory, replace_file
 from lora_param.printing import Printed
 
@@ -47,6 +49,13 @@ _DTYPES = {
     "bf16": "bfloat16",
     "float64": "float64",
     "fp64": "float64",
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_UNITS = {
+    f"{p}{i}{b}": (1024 if i else 1000) ** n
+    for n, p in enumerate(("", "K", "M", "G", "T"))
+    for i in ("", "I")
+    for b in ("", "B")
 }
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
@@ -133,6 +142,23 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return parsed
 
 
+def parse_size(size: int | str) -> int:
+    """A number of bytes, as a number or with a unit.
+
+    >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(7)
+    (5000000000, 1572864, 7)
+
+    Raises:
+        OptionError: it is none, or not positive.
+    """
+    match = _SIZE.fullmatch(str(size).strip())
+    factor = _UNITS[match[2].upper()] if match else 0
+    found = int(float(match[1]) * factor) if match else 0
+    if found < 1:
+        raise OptionError("max_shard_size", size, "a number of bytes, or e.g. 500MB, 5GB, 2GiB")
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BakeOptions:
     """How to bake.
@@ -148,6 +174,10 @@ class BakeOptions:
         require_change: refuse to write a result in which no element is changed although targets
             are enabled: their updates are zero, or too small for the stored dtype.
         progress: called with bytes done, bytes in all, and the name of what was done.
+        max_shard_size: divide the weights of a directory of safetensors anew, into files of at
+            most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
+        link: whole files of weights that nothing changes become hard links to the base's, where
+            the file system has them: writing into one of the two then changes both.
     """
 
     dtype: torch.dtype | str | None = None
@@ -159,6 +189,8 @@ class BakeOptions:
     verify: bool = False
     require_change: bool = False
     progress: Report | None = None
+    max_shard_size: int | str | None = None
+    link: bool = False
 
 
 def bake_adapters(
@@ -184,16 +216,27 @@ def bake_adapters(
         OptionError: a setting outside its accepted values.
     """
     dtype = parse_dtype(options.dtype)
+    limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
-    with closing(open_checkpoint(base, options.key)) as checkpoint:
+    with (
+        _held(base) if options.in_place else nullcontext() as state,
+        closing(open_checkpoint(base, options.key)) as checkpoint,
+    ):
         place = _place(checkpoint, base, out, options.in_place)
         _check_place(checkpoint, adapters, place, options)
+        if limit is not None and not _has_shards(checkpoint):
+            raise OptionError(
+                "max_shard_size",
+                options.max_shard_size,
+                "None: the base is no directory of safetensors",
+            )
         with one_thread():
             merging = plan_merging(
                 checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
             )
-        files, size = _write(merging, place, options)
+        merging.exact, merging.link, merging.max_shard_size = options.verify, options.link, limit
+        files, size = _write(merging, place, options, state)
         with one_thread():
             found = merging.rows()
         rows = list(found.values())
@@ -214,6 +257,12 @@ def bake_adapters(
             options.verify,
             tuple(_notes(checkpoint, rows)),
         )
+
+
+def _held(base: Path_) -> AbstractContextManager[State | None]:
+    """The lock of what is read and replaced in place: a second bake of it waits for the first."""
+    path = Path(base)
+    return locked(path.parent if path.name.endswith(".index.json") else path)
 
 
 def _place(checkpoint: Checkpoint, base: Path_, out: Path_ | None, in_place: bool) -> Path:
@@ -266,6 +315,12 @@ def _check_place(
         raise OutputError(place, "the input is a file of torch.save, and the output would be one")
 
 
+def _has_shards(checkpoint: Checkpoint) -> bool:
+    return isinstance(checkpoint, DirectoryCheckpoint) and all(
+        isinstance(part, SafetensorsCheckpoint) for part in checkpoint.parts.values()
+    )
+
+
 def _check_replaceable(directory: Path) -> None:
     """A directory is replaced whole: refuse one that holds no checkpoint, or where we stand."""
     here = Path(os.path.realpath(Path.cwd()))
@@ -281,9 +336,10 @@ def _check_replaceable(directory: Path) -> None:
         ) from None
 
 
-def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[str], int]:
+def _write(
+    merging: Merging, place: Path, options: BakeOptions, replaces: State | None
+) -> tuple[list[str], int]:
     """Write the result; its files' names and their size together."""
-    merging.exact = options.verify
     base, progress = merging.base, options.progress
     force, sync = options.force or options.in_place, options.sync
     done, total = 0, base.nbytes * (2 if options.verify else 1)
@@ -295,7 +351,7 @@ def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[st
             progress(min(done, total), total, name)
 
     if isinstance(base, DirectoryCheckpoint):
-        with replace_directory(place, force=force, sync=sync) as temporary:
+        with replace_directory(place, force=force, sync=sync, replaces=replaces) as temporary:
             files = write_directory(merging, base, temporary, tick)
             if options.require_change:
                 _check_change(merging)
@@ -304,7 +360,7 @@ def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[st
                 verify_directory(merging, base, temporary, tick)
     else:
         files = [place.name]
-        with replace_file(place, force=force, sync=sync) as file:
+        with replace_file(place, force=force, sync=sync, replaces=replaces) as file:
             if isinstance(base, ModuleCheckpoint):
                 write_state_dict(merging, base.state_dict, place, file, tick)
             else:

@@ -149,6 +149,8 @@ class Merging:
         dtype: what floating tensors are stored as, or None for what they are.
         disabled: keys of targets that take no part.
         exact: measure norms over every block instead of one in some.
+        link: files that nothing changes may be hard links to the base's.
+        max_shard_size: divide a directory's weights anew, into files of so many bytes.
     """
 
     base: Checkpoint
@@ -156,6 +158,8 @@ class Merging:
     dtype: torch.dtype | None
     disabled: list[str]
     exact: bool = False
+    link: bool = False
+    max_shard_size: int | None = None
     _measures: dict[tuple[int, str], dict[str, list[Measures]]] = field(default_factory=dict)
 
     @property
@@ -173,10 +177,11 @@ class Merging:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def stored_as(self, W: Tensor) -> torch.dtype:
-        """What a tensor is stored as; a sparse one, which is no weight, as it is."""
+        """What a tensor is stored as; a sparse or nested one, which is no weight, as it is."""
         import torch
 
-        return self.stored_dtype(W.dtype) if W.layout == torch.strided else W.dtype
+        dense = W.layout == torch.strided and not W.is_nested
+        return self.stored_dtype(W.dtype) if dense else W.dtype
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Block]:
         """What of an entry its updates touch, as blocks in the order of its elements.
@@ -248,7 +253,7 @@ class Merging:
             deltas = [u.of_block(block.index).delta(own, wide).view(shape) for u in updates]
         kept = _add(part, zip(regions, deltas, strict=True), wide).to(dtype)
         changed = [_count_changed(part[r.index].to(dtype), kept[r.index]) for r in regions]
-        if _may_overflow(kept) and _overflows(part, kept):
+        if _may_overflow(kept) and _overflows(part.to(wide), kept.to(wide)):
             raise NonFiniteError(f"{name} with its update, stored as {dtype},")
         totals = [part[r.index].numel() for r in regions]
         measures = list(map(Measures, changed, totals))
@@ -409,7 +414,7 @@ def _may_overflow(tensor: Tensor) -> bool:
 
     bits = _bits(tensor)
     infinite = torch.tensor(math.inf).to(tensor.dtype)
-    if not infinite.isinf() or not bits.size:
+    if not math.isinf(infinite.item()) or not bits.size:
         return True
     return bool((bits & np.iinfo(bits.dtype).max).max() >= _bits(infinite))
 

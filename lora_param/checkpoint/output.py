@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from copy import copy
 from functools import partial
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,16 +15,15 @@ from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.jobs import Job, Progress, followed, run_jobs
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.resharding import dump_json, resharded_jobs
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
-from lora_param.checkpoint.streaming import Copied, Merged, jobs_of
+from lora_param.checkpoint.streaming import Copied, entry_parts, jobs_of, name_of, stored_name
 from lora_param.errors import OutputError
-from lora_param.files.header import DTYPES, Entry
 from lora_param.files.placed import PlacedFile, clone_file
 from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, write_safetensors
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 __all__ = ["Progress", "write_directory", "write_file", "write_state_dict"]
@@ -44,8 +40,7 @@ def write_file(merging: Merging, part: Checkpoint, file: IO[bytes], progress: Pr
 def file_jobs(merging: Merging, part: Checkpoint, file: IO[bytes]) -> Iterator[Job]:
     """The jobs that write one file of weights into an empty one."""
     path = Path(part.path)
-    touched = any(name in merging.pieces for name in part)
-    if merging.dtype is None and not touched:
+    if is_untouched(merging, part):
         if not clone_file(path, file):
             size = path.stat().st_size
             yield from jobs_of(merging, PlacedFile(file, size), [Copied(path, 0, size, 0)])
@@ -60,6 +55,11 @@ def file_jobs(merging: Merging, part: Checkpoint, file: IO[bytes]) -> Iterator[J
         raise TypeError(type(part))
 
 
+def is_untouched(merging: Merging, part: Checkpoint) -> bool:
+    """Nothing in this file changes."""
+    return merging.dtype is None and not any(name in merging.pieces for name in part)
+
+
 def _safetensors_jobs(
     merging: Merging, part: SafetensorsCheckpoint, file: IO[bytes]
 ) -> Iterator[Job]:
@@ -71,51 +71,17 @@ def _safetensors_jobs(
         yield from jobs_of(
             merging,
             PlacedFile(file, start + size),
-            [first, *_entry_parts(merging, part, placed, start)],
+            [first, *entry_parts(merging, part, placed, start)],
         )
         return
     text, placed, size = place_entries(
-        {n: (_cast_name(merging, e), e.shape) for n, e in header.entries.items()},
+        {n: (stored_name(merging, e), e.shape) for n, e in header.entries.items()},
         part.metadata,
         part.path.name,
     )
     target = PlacedFile(file, len(text) + size)
     target.write(text, 0)
-    yield from jobs_of(merging, target, _entry_parts(merging, part, placed, len(text)))
-
-
-def _entry_parts(
-    merging: Merging, part: SafetensorsCheckpoint, placed: Mapping[str, Entry], first: int
-) -> Iterator[Copied | Merged]:
-    """What an output's entries, whose data begin at `first`, are made of."""
-    for name, entry in placed.items():
-        own = part.header.entries[name]
-        source, offset = part.header.start + own.start, first + entry.start
-        if entry.dtype == own.dtype and name not in merging.pieces:
-            yield Copied(part.path, source, source + own.stop - own.start, offset)
-            continue
-        size = DTYPES[entry.dtype][0] // 8
-        cast = entry.dtype != own.dtype
-        blocks = merging.cover(name, own.torch_shape)
-        for changed, group in groupby(blocks, attrgetter("is_changed")):
-            found = tuple(group)
-            if cast or changed:
-                yield Merged(part, name, found, offset, size)
-                continue
-            for block in found:
-                start, stop = block.start * size, block.stop * size
-                yield Copied(part.path, source + start, source + stop, offset + start)
-
-
-def _cast_name(merging: Merging, entry: Entry) -> str:
-    import torch
-
-    dtype = getattr(torch, entry.torch_dtype, None)
-    return entry.dtype if dtype is None else _name_of(merging.stored_dtype(dtype))
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return NAMES[str(dtype).removeprefix("torch.")]
+    yield from jobs_of(merging, target, entry_parts(merging, part, placed, len(text)))
 
 
 def _write_pickle(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> None:
@@ -206,7 +172,7 @@ def write_state_dict(
         dtype = str(base[name].dtype).removeprefix("torch.") if name in base else "no tensor"
         if dtype not in NAMES:
             raise OutputError(path, f"safetensors cannot hold {name}, which is {dtype}")
-        stored = _name_of(merging.stored_dtype(getattr(torch, dtype)))
+        stored = name_of(merging.stored_dtype(getattr(torch, dtype)))
         entries[name] = (stored, tuple(base[name].shape), partial(content, name))
     write_safetensors(file, entries, {"format": "pt"}, progress=progress)
 
@@ -216,6 +182,8 @@ def write_directory(
 ) -> list[str]:
     """The whole directory: weights anew, the other files copied. Returns the files' names."""
     rewritten = set(base.parts)
+    if merging.max_shard_size is not None and base.index is not None:
+        rewritten.add(base.index.name)
     try:
         shutil.copytree(base.path, out, dirs_exist_ok=True, ignore=_ignoring(base.path, rewritten))
     except shutil.Error as error:  # a list of (from, to, why)
@@ -223,7 +191,11 @@ def write_directory(
         raise OutputError(out, f"{source} cannot be copied ({why})") from error
     out.chmod(out.stat().st_mode | 0o700)  # copytree gave it the base's mode
     with ExitStack() as files:
-        run_jobs(_shard_jobs(merging, base, out, files), progress)
+        if merging.max_shard_size is None:
+            jobs = _shard_jobs(merging, base, out, files)
+        else:
+            jobs = resharded_jobs(merging, base, out, files, merging.max_shard_size)
+        run_jobs(jobs, progress)
     if merging.dtype is not None:
         _cast_json(merging, base, out)
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
@@ -241,8 +213,19 @@ def _shard_jobs(
     for name, part in base.parts.items():
         place = out / name
         place.parent.mkdir(parents=True, exist_ok=True)
+        if merging.link and is_untouched(merging, part) and _link(Path(part.path), place):
+            continue
         file = files.enter_context(place.open("x+b"))
         yield from followed(file_jobs(merging, part, file), partial(finish, file, part))
+
+
+def _link(source: Path, place: Path) -> bool:
+    """Make a hard link; False where the file system cannot, or they are of two."""
+    try:
+        place.hardlink_to(source.resolve())
+    except OSError:
+        return False
+    return True
 
 
 def _ignoring(root: Path, names: set[str]) -> Callable[[str, list[str]], Iterable[str]]:
@@ -257,14 +240,14 @@ def _ignoring(root: Path, names: set[str]) -> Callable[[str, list[str]], Iterabl
 
 def _cast_json(merging: Merging, base: DirectoryCheckpoint, out: Path) -> None:
     """The dtype and the sizes that an index and a config.json state."""
-    if base.index is not None:
+    if base.index is not None and merging.max_shard_size is None:
         index = load_json(base.index)
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and "total_size" in metadata:
             metadata["total_size"] = sum(
                 t.numel() * merging.stored_dtype(t.dtype).itemsize for t in base.values()
             )
-            _dump_json(index, out / base.index.name)
+            dump_json(index, out / base.index.name)
     config_path = out / "config.json"
     if config_path.is_file():
         config = load_json(config_path)
@@ -272,9 +255,4 @@ def _cast_json(merging: Merging, base: DirectoryCheckpoint, out: Path) -> None:
         for key in named:
             config[key] = str(merging.dtype).removeprefix("torch.")
         if named:
-            _dump_json(config, config_path)
-
-
-def _dump_json(value: Mapping[str, Any], path: Path) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+            dump_json(config, config_path)

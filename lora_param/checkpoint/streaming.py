@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.jobs import Job
 from lora_param.checkpoint.merging import Block, Measures, Merging
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
+from lora_param.files.header import DTYPES, Entry
 from lora_param.files.placed import PlacedFile
-from lora_param.files.safetensors import tensor_bytes
+from lora_param.files.safetensors import NAMES, tensor_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lora_param.weight.update import Deferred, Update
 
-__all__ = ["Copied", "Merged", "jobs_of"]
+__all__ = ["Copied", "Merged", "entry_parts", "jobs_of", "name_of", "stored_name"]
 
 _COPIED = 1 << 25  # bytes of a job that copies
 _MERGED = 1 << 23  # elements of a job that merges
@@ -152,3 +157,44 @@ class _Entry:
         for ids, found in sums.items():
             each = [Measures.sum(m) for m in zip(*found, strict=True)]
             merging.note(name, by_pieces[ids], each)
+
+
+def entry_parts(
+    merging: Merging, part: SafetensorsCheckpoint, placed: Mapping[str, Entry], first: int
+) -> Iterator[Copied | Merged]:
+    """What an output's entries, whose data begin at `first`, are made of.
+
+    Args:
+        part: the file of the base that holds them.
+        placed: where they go in the output.
+    """
+    for name, entry in placed.items():
+        own = part.header.entries[name]
+        source, offset = part.header.start + own.start, first + entry.start
+        if entry.dtype == own.dtype and name not in merging.pieces:
+            yield Copied(part.path, source, source + own.stop - own.start, offset)
+            continue
+        size = DTYPES[entry.dtype][0] // 8
+        cast = entry.dtype != own.dtype
+        blocks = merging.cover(name, own.torch_shape)
+        for changed, group in groupby(blocks, attrgetter("is_changed")):
+            found = tuple(group)
+            if cast or changed:
+                yield Merged(part, name, found, offset, size)
+                continue
+            for block in found:
+                start, stop = block.start * size, block.stop * size
+                yield Copied(part.path, source + start, source + stop, offset + start)
+
+
+def stored_name(merging: Merging, entry: Entry) -> str:
+    """What safetensors calls the dtype that an entry is stored in."""
+    import torch
+
+    dtype = getattr(torch, entry.torch_dtype, None)
+    return entry.dtype if dtype is None else name_of(merging.stored_dtype(dtype))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype."""
+    return NAMES[str(dtype).removeprefix("torch.")]
