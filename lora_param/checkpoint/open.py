@@ -6,18 +6,20 @@ import os
 from pathlib import Path
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.quantized.logical import logical
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
+from lora_param.files.gguf import MAGIC
 from lora_param.files.header import TORCH_SAVE
 
 __all__ = ["ACCEPTED", "open_checkpoint"]
 
 ACCEPTED = (
-    "a .safetensors, .pt, .pth, .bin or .ckpt file, a directory with one or with shards and "
+    "a .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory with one or with shards and "
     "their index.json, or python:package.module:callable"
 )
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -51,6 +53,8 @@ def _open_stored(path: str | os.PathLike[str], key: str | None) -> Checkpoint:
         raise MissingFileError("the empty path ''", ACCEPTED)
     if not path.exists():
         raise MissingFileError(path, ACCEPTED)
+    if path.is_file() and (path.suffix.lower() == ".gguf" or _start(path)[:4] == MAGIC):
+        return _without_key(GgufCheckpoint(path), key)
     if path.is_dir() or path.name.endswith(".index.json"):
         return DirectoryCheckpoint(path, key)
     if not path.is_file():

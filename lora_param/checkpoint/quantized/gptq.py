@@ -10,7 +10,7 @@ W[o, i] = scales[g_idx[i], o] · (q[i, o] - zero[g_idx[i], o]).
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_param.checkpoint.quantized.packed import Found, Packed, Parts, View, unpack_words
 
@@ -47,7 +47,8 @@ def dequantize_gptq(parts: Parts, bits: int, group: int, shift: int) -> Tensor:
 def find_gptq(view: View) -> Found:
     """The modules with a `qweight`, in a checkpoint whose config says GPTQ."""
     found, config = Found(), view.config
-    bits, group = config.get("bits"), config.get("group_size")
+    bits: Any = config.get("bits")
+    group: Any = config.get("group_size")
     v2 = config.get("checkpoint_format") == "gptq_v2"
     plain = config.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2", "")
     for entry, weight in view.entries.items():
@@ -58,7 +59,7 @@ def find_gptq(view: View) -> Found:
         entries = {e: f"{stem}.{e}" for e in ends if f"{stem}.{e}" in view.entries}
         shapes = {e: view.entries[n].shape for e, n in entries.items()}
         reason = ""
-        if not isinstance(bits, int) or bits not in _BITS or not isinstance(group, int):
+        if bits not in _BITS or not isinstance(group, int):
             reason = f"GPTQ of {bits} bits in groups of {group}, of which 2, 4 and 8 bits are read"
         elif not plain:
             reason = f"GPTQ in the format {config['checkpoint_format']!r}, which is not read"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.quantized.packed import Found, View
 from lora_param.checkpoint.quantized.registry import find_packed
@@ -38,23 +39,26 @@ class QuantizedCheckpoint(Checkpoint):
         path, key: of the checkpoint as it is stored.
         stored: that checkpoint.
         packed: the weights that a format stores, by name.
+        homes: the same weights, by the entry in whose place they lie.
+        refused: entries of a format that cannot be read → why.
+        told: names of the header's texts that say how the weights are stored.
     """
 
     def __init__(self, stored: Checkpoint, found: Found) -> None:
         self.path, self.key, self.stored = stored.path, stored.key, stored
         self.packed = {w.name: w for w in found.packed}
-        self._refused = found.refused
+        self.homes = {w.home: w for w in found.packed}
+        self.told = frozenset(found.told)
+        self.refused = found.refused
 
     def _describe(self) -> dict[str, Weight]:
-        homes = {w.home: w for w in self.packed.values()}
         members = {n for w in self.packed.values() for n in w.members}
         weights: dict[str, Weight] = {}
         for entry, stored in self.stored.weights.items():
-            if entry in homes:
-                w = homes[entry]
+            if (w := self.homes.get(entry)) is not None:
                 weights[w.name] = Weight(w.name, w.shape, w.dtype, quantized=w.kind)
             elif entry not in members:
-                reason = self._refused.get(entry)
+                reason = self.refused.get(entry)
                 weights[entry] = stored if reason is None else replace(stored, packed=reason)
         return weights
 
@@ -100,6 +104,8 @@ class QuantizedCheckpoint(Checkpoint):
 
 def logical(stored: Checkpoint) -> Checkpoint:
     """The checkpoint itself, or where it holds quantized weights that can be read, as numbers."""
+    if isinstance(stored, GgufCheckpoint):
+        return QuantizedCheckpoint(stored, stored.found())
     config, dtype = _config_of(stored)
     if not config and not any(w.packed or not w.is_float for w in stored.weights.values()):
         return stored

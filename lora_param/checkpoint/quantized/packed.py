@@ -92,10 +92,12 @@ class Found:
     Attributes:
         packed: the weights that can be read.
         refused: entries that are of the format and yet cannot be read → why.
+        told: texts of the headers that say so.
     """
 
     packed: list[Packed] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
 
 
 def block_of(
@@ -176,5 +178,5 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     import torch
 
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    fields = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)  # (m, k, 32 / bits)
+    fields: Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)  # (m, k, 32 / bits)
     return fields.flatten(-2)

@@ -42,6 +42,7 @@ def find_packed(view: View) -> Found:
     for find in finders:
         part = find(view)
         found.refused |= part.refused
+        found.told += part.told
         for weight in part.packed:
             clash = [n for n in weight.members if n in owners]
             taken = weight.name not in weight.members and weight.name in view.entries

@@ -43,6 +43,7 @@ def find_torchao(view: View) -> Found:
         if told is None:
             continue
         kind, data, roles = told
+        found.told.append(name)
         entries = {r: f"{stem}._{last}_{r}" for r in roles}
         if kind == "Tensor" or any(n not in view.entries for n in entries.values()):
             continue
@@ -61,6 +62,7 @@ def find_torchao(view: View) -> Found:
         found.packed.append(
             Packed(name, shape, dtype, f"torchao {kind}", used, decode, beside=beside)
         )
+    found.told += ["tensor_names"] if found.told else []
     return found
 
 
