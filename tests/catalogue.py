@@ -342,7 +342,7 @@ CASES = [
     *_also("linear mlp conv2d", "dora-bf16", dtype=torch.bfloat16, variant="dora"),
     *_also("linear mlp conv2d mha encoder experts bare-stack", "dropout", dropout=0.3),
     *_also("linear conv2d mha", "dora-dropout", dropout=0.3, variant="dora"),
-    *_also("linear mlp conv2d bare-stack embedding mha packed-base", "pissa", init="pissa"),
+    *_also("linear mlp conv2d bare-stack embedding mha lstm packed-base", "pissa", init="pissa"),
     *_also("linear mlp conv2d bare-stack embedding mha", "olora", init="olora"),
     *_also("linear embedding", "dora-pissa", init="pissa", variant="dora"),
     *_also("linear mlp embedding conv2d mha experts packed-base", "two", adapters=("default", "b")),

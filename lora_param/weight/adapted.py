@@ -229,6 +229,11 @@ class EagerAdaptedWeight(AdaptedWeight, metaclass=_Comparable):
         return super().__getitem__(index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedWeight:
+        for t in self.parts:
+            if (
+                not t.is_leaf
+            ):  # made of others, an initial pair among them; torch copies leaves alone
+                memo[id(t)] = t.detach().clone().requires_grad_()
         base, updates, alpha = deepcopy((self.base, self.updates, self.alpha), memo)
         copy = memo[id(self)] = EagerAdaptedWeight(base, updates, alpha)
         return copy

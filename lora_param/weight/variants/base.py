@@ -106,7 +106,8 @@ class Variant:  # its methods are defaults, which have no use for all they are g
             strength: multiplies the whole update.
             known: what `known` gives for W, where W is frozen.
         """
-        raise NotImplementedError
+        A, B, factor = self.pair(tensors, scale, strength)
+        return Lowered(None, A, B, factor)
 
     def delta(self, W: Tensor, tensors: Tensors, scale: float, strength: float) -> Tensor:
         """ΔW of shape (*, m, n), computed in W's dtype.
