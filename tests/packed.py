@@ -115,7 +115,7 @@ class Int8Flat(Int8Rows):
     """The same, reads as a row of bytes."""
 
     @staticmethod
-    def read_as(q: Tensor, scales: Tensor) -> tuple[torch.Size, torch.dtype]:
+    def read_as(q: Tensor, scales: Tensor) -> tuple[torch.Size, torch.dtype]:  # noqa: ARG004
         return torch.Size([q.numel()]), torch.int8
 
 
