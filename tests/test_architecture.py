@@ -31,6 +31,7 @@ ORDER = [
     "model.weights",
     "model.lora",
     "model.cache",
+    "model.loading",
     "model.attach",
     "model.sites",
     "model.switching",
