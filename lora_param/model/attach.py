@@ -7,8 +7,7 @@ three ways:
 - its properties read `self`. torch's close over the module they were made for, so that a deepcopy
   can return the original's weight;
 - it can be pickled and copied. torch refuses to pickle, and its copies share a class that
-  `remove_parametrizations` takes apart under the other's feet; ours is shared by all like modules,
-  and never changed;
+  `remove_parametrizations` changes for both; ours is shared by all like modules, and never changed;
 - a state dict under the original names loads, see `loading.py`.
 
 A module that somebody else has parametrized keeps torch's class; LoRA joins its chain.

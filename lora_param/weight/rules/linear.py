@@ -59,7 +59,9 @@ def product(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
     W = V.base
     if autocasts(x):
         x, W, bias = autocast(x, W, bias)
-    if V.alpha is not None:  # in rows: torch itself folds x only where W trains, with other bits
+    if (
+        V.alpha is not None
+    ):  # x as one matrix: torch does this only where W trains, and the bits differ
         y = composed(x.reshape(-1, x.shape[-1]), V._replace(base=W), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
     return factored_linear(x, W, bias, V.updates)

@@ -63,7 +63,7 @@ class Fresh:
         return torch.zeros(self.shapes[name], dtype=self.dtype, device=self.device)
 
 
-class Variant:  # its methods are defaults, which have no use for all they are given
+class Variant:  # its methods are defaults, and do not use all of their arguments
     """A way of making an update out of tensors; derive from it, override what differs.
 
     Attributes:
