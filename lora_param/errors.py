@@ -106,8 +106,25 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def escaped(text: str) -> str:
+    """The text with what would steer a terminal written out: it may be the name of a file.
+
+    That is every control character, the marks that turn the direction of writing, and lone
+    surrogates.
+
+    >>> escaped("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class LoraParamError(Exception):
     """Root of every exception of this package; catch it to catch them all."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))
 
 
 class InternalError(LoraParamError):
@@ -430,7 +447,8 @@ class MismatchError(AdapterError):
     def beside(self, nearest: Sequence[str]) -> MismatchError:
         """The same error, which also names what the base has instead."""
         has = f"The base has, for instance, {listed(nearest)}." if nearest else ""
-        self.args = (f"{self.args[0]} {has or 'The base has no weight that LoRA could adapt.'}",)
+        told = f"{self.args[0]} {has or 'The base has no weight that LoRA could adapt.'}"
+        self.args = (escaped(told),)
         return self
 
 

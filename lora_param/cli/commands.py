@@ -23,7 +23,7 @@ from lora_param.cli.options import (
     Targets,
     weighted,
 )
-from lora_param.cli.terminal import progress_bar, show, show_json
+from lora_param.cli.terminal import Command, Group, progress_bar, show, show_json
 from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
@@ -31,8 +31,8 @@ __all__ = ["app"]
 app = typer.Typer(
     name="lora-param",
     help="LoRA for any weight of any PyTorch model or checkpoint.",
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Targets, formats and the library: see the README.",
@@ -77,7 +77,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@app.command()
+@app.command(cls=Command)
 @_with_settings
 def apply(
     model: Model,
@@ -135,7 +135,7 @@ def apply(
         show(f"Wrote {output}.")
 
 
-@app.command()
+@app.command(cls=Command)
 def stats(
     model: Annotated[
         str,
@@ -190,7 +190,7 @@ def stats(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 def enable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> None:
     """Enable targets of an adapter file, in place; all of them without -t.
 
@@ -199,7 +199,7 @@ def enable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> 
     _toggle(adapter, target, True, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def disable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> None:
     """Disable targets of an adapter file, in place; all of them without -t.
 
@@ -226,7 +226,7 @@ def _toggle(adapter: Path, target: list[str] | None, enabled: bool, json: bool) 
         show(f"{adapter}: {on} of {len(targets)} targets enabled, {len(targets) - on} disabled.")
 
 
-@app.command()
+@app.command(cls=Command)
 def bake(
     model: Model,
     adapters: Annotated[
@@ -283,7 +283,7 @@ def bake(
     show(report)
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     adapter: Annotated[
         Path,
@@ -325,10 +325,10 @@ def check(
 
 
 for _command in COMMANDS:
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     folder: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Where to leave its files.")
