@@ -199,7 +199,7 @@ def bake_adapters(
         rows = [merging.rows[id(p.adapter), p.key] for p in merging.targets]
         dead = [
             a.name
-            for a, _ in adapters
+            for a in merging.adapters
             if (own := [merging.rows[k] for k in merging.rows if k[0] == id(a)])
             and all(row.dead for row in own)
         ]
@@ -212,7 +212,7 @@ def bake_adapters(
             size,
             checkpoint.key,
             options.verify,
-            tuple(_notes(checkpoint, rows)),
+            (*_notes(checkpoint, rows), *(n for a in merging.adapters for n in a.notes)),
         )
 
 

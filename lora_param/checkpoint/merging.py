@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lora_param.weight.update import Deferred, Update
+
 __all__ = ["BakedTarget", "Merging", "plan_merging"]
 
 
@@ -67,16 +69,15 @@ class _Piece:
     def factors(self) -> dict[str, Tensor]:
         return {n: t.detach().cpu() for n, t in self.adapter.factors(self.key).items()}
 
-    def delta(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """ΔW over the target, as `merge` computes it."""
+    def update(self) -> Update | Deferred:
+        """ΔW, as `merge` takes it."""
         from lora_param.weight.update import fold_initial, make_update
         from lora_param.weight.variants import variant_named
 
         t, tensors = self.target, fold_initial(self.factors())
         strength = t.strength * self.weight
         variant = variant_named(t.settings.variant)
-        u = make_update(variant, tensors, t.scale, strength, t.target.region)
-        return u.delta(W, dtype)
+        return make_update(variant, tensors, t.scale, strength, t.target.region)
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Merging:
         pieces: entry name → the updates that its tensor takes; tied names are all listed.
         dtype: what floating tensors are stored as, or None for what they are.
         disabled: keys of targets that take no part.
+        adapters: what is baked, settled for the base.
         rows: what came of each target, filled as tensors are merged.
     """
 
@@ -95,6 +97,7 @@ class Merging:
     pieces: dict[str, list[_Piece]]
     dtype: torch.dtype | None
     disabled: list[str]
+    adapters: list[Adapter]
     rows: dict[tuple[int, str], BakedTarget] = field(default_factory=dict)
 
     @property
@@ -132,7 +135,7 @@ class Merging:
             NonFiniteError: a finite value becomes infinite or NaN in the stored dtype.
         """
         from lora_param.weight.precision import compute_dtype
-        from lora_param.weight.update import add_deltas
+        from lora_param.weight.update import add_deltas, replacing
 
         pieces = self.pieces.get(name, [])
         target_dtype = self.stored_as(W)
@@ -142,9 +145,11 @@ class Merging:
                 raise NonFiniteError(f"{name}, stored as {target_dtype},")
             return cast
         wide = compute_dtype(W.dtype)
-        deltas = [p.delta(W, wide) for p in pieces]
-        regions = [p.target.target.region for p in pieces]
-        merged = add_deltas(W, zip(regions, deltas, strict=True)).to(target_dtype)
+        updates = [p.update() for p in pieces]
+        deltas = [u.delta(W, wide) for u in updates]
+        copies = replacing(updates)
+        added = [(u.region, d) for u, d in zip(updates, deltas, strict=True) if u not in copies]
+        merged = add_deltas(W, added, copies).to(target_dtype)
         full, kept = W.to(wide), merged.to(wide)
         if _overflows(full, kept):
             raise NonFiniteError(f"{name} with its update, stored as {target_dtype},")
@@ -217,10 +222,12 @@ def plan_merging(
     """
     pieces: dict[str, list[_Piece]] = {}
     disabled: list[str] = []
+    settled: list[Adapter] = []
     for adapter, weight in adapters:
         if not math.isfinite(weight):
             raise OptionError(f"the weight of {adapter.source}", weight, "a finite number")
-        check_checkpoint(adapter, base, check_fingerprint=check_fingerprint)
+        adapter = check_checkpoint(adapter, base, check_fingerprint=check_fingerprint)
+        settled.append(adapter)
         for key, t in adapter.targets.items():
             if not t.enabled:
                 disabled.append(key)
@@ -229,7 +236,7 @@ def plan_merging(
             _check_finite(piece)
             for name in _entries_of(t, base):
                 pieces.setdefault(name, []).append(piece)
-    return Merging(base, pieces, dtype, disabled)
+    return Merging(base, pieces, dtype, disabled, settled)
 
 
 def _entries_of(t: AdapterTarget, base: Checkpoint) -> list[str]:
