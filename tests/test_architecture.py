@@ -26,8 +26,11 @@ ORDER = [
     "fingerprint",
     "files",
     "weight",
+    "names.table",
+    "names.resolve",
     "adapter",
-    "names",
+    "names.relayout",
+    "names.fit",
     "model.weights",
     "model.lora",
     "model.cache",
@@ -57,6 +60,7 @@ ORDER = [
 PACKAGES = (
     "",
     "targets",
+    "names",
     "model",
     "report",
 )  # docstrings; their files are listed
