@@ -19,6 +19,7 @@ ORDER = [
     "targets.weights",
     "targets.settings",
     "targets.options",
+    "targets.lora_config",
     "targets.patterns",
     "targets.matching",
     "targets.selection",
