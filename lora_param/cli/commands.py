@@ -257,6 +257,13 @@ def bake(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the output again and compare every tensor.")
     ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Divide the weights anew, into files of e.g. 5GB."),
+    ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links for whole files that do not change.")
+    ] = False,
     key: Key = None,
     layout: Layout = None,
     names: Names = None,
@@ -277,6 +284,8 @@ def bake(
             [(_read(path, layout, names), w) for path, w in map(weighted, adapters)],
             output,
             dtype=dtype,
+            max_shard_size=max_shard_size,
+            link=link,
             key=key,
             check_fingerprint=not ignore_fingerprint,
             in_place=in_place,
