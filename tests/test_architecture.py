@@ -19,6 +19,7 @@ ORDER = [
     "targets.weights",
     "targets.settings",
     "targets.options",
+    "targets.lora_config",
     "targets.patterns",
     "targets.matching",
     "targets.selection",
@@ -26,8 +27,11 @@ ORDER = [
     "fingerprint",
     "files",
     "weight",
+    "names.table",
+    "names.resolve",
     "adapter",
-    "names",
+    "names.relayout",
+    "names.fit",
     "model.weights",
     "model.lora",
     "model.cache",
@@ -58,6 +62,7 @@ ORDER = [
 PACKAGES = (
     "",
     "targets",
+    "names",
     "model",
     "report",
 )  # docstrings; their files are listed
