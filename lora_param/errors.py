@@ -3,6 +3,7 @@
     LoraParamError
     ├── UserError                     something the caller can put right
     │   ├── OptionError               a setting outside its accepted values
+    │   │   └── LoraConfigError       a field of a LoraConfig that has no form here
     │   ├── UnknownOptionError        a keyword that is none of a function's
     │   ├── TargetError               choosing weights
     │   │   ├── PatternError          a pattern that cannot be read
@@ -29,6 +30,8 @@
     │   │   ├── MismatchError         names or shapes that differ: both sides listed
     │   │   ├── LayoutError           a target without a form in the base's layout
     │   │   ├── FingerprintError      same names and shapes, another base
+    │   │   ├── UnsettledError        a file that leaves open what only its base tells
+    │   │   ├── NoFormError           something that a format, or this package, cannot express
     │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
     │   │   ├── QuantizationLossError a bake that would lose most of an update
@@ -66,6 +69,7 @@ __all__ = [
     "FingerprintError",
     "InternalError",
     "LayoutError",
+    "LoraConfigError",
     "LoraParamError",
     "MismatchError",
     "MissingFileError",
@@ -74,6 +78,7 @@ __all__ = [
     "NameRuleError",
     "NoAdapterError",
     "NoDifferenceError",
+    "NoFormError",
     "NoMatchError",
     "NonFiniteError",
     "NoneSuitableError",
@@ -93,6 +98,7 @@ __all__ = [
     "UnknownFileError",
     "UnknownOptionError",
     "UnsafePickleError",
+    "UnsettledError",
     "UnsuitableWeightError",
     "UserError",
     "VariantError",
@@ -164,6 +170,13 @@ class MissingPackageError(UserError, ImportError):
         super().__init__(
             f"{what} needs {package}, which is not installed: pip install '{install}'."
         )
+
+
+class LoraConfigError(OptionError):
+    """A field of a `peft.LoraConfig` that cannot be done as it says."""
+
+    def __init__(self, field: str, found: object, instead: str) -> None:
+        super().__init__(f"{field} of the LoraConfig", found, instead)
 
 
 class NameRuleError(UserError, ValueError):
@@ -471,6 +484,34 @@ class FingerprintError(AdapterError):
             f"{listed(differing)}. Give the base it was made on, or override the check with "
             f"check_fingerprint=False (--ignore-fingerprint)."
         )
+
+
+class UnsettledError(AdapterError):
+    """A file that leaves open what only its base, or its owner, can tell.
+
+    Args:
+        adapter: which adapter.
+        names: the weights that it is about.
+        what: what is not told of them.
+        give: what to give, so that it is.
+    """
+
+    def __init__(self, adapter: str, names: Iterable[str], what: str, give: str) -> None:
+        super().__init__(f"{adapter} does not tell {what} (of {listed(names)}): {give}.")
+
+
+class NoFormError(AdapterError):
+    """Something that a format, or this package, has no form for.
+
+    Args:
+        adapter: which adapter.
+        what: what is in it.
+        why: the form that is missing.
+        instead: what to do.
+    """
+
+    def __init__(self, adapter: str, what: str, why: str, instead: str) -> None:
+        super().__init__(f"{adapter} has {what}, {why}: {instead}.")
 
 
 class ResumeError(AdapterError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from packed import Int8Rows, PackedNet
+from packed import Int8Flat, Int8Rows, PackedLayers, PackedNet
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -46,7 +46,7 @@ class Case:
     def exact_weights(self) -> bool:
         """The reference's arithmetic is the library's own, operation for operation. DoRA's norms
         are added up in another order, and so are an initial pair and a second adapter."""
-        return self.variant != "dora" and self.init == "kaiming" and len(self.adapters) == 1
+        return "dora" not in self.variant and self.init == "kaiming" and len(self.adapters) == 1
 
     @property
     def exact_when_fresh(self) -> bool:
@@ -317,10 +317,19 @@ CASES = [
     Case("constant", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), kwargs={"scaling": "constant"}),
     Case("double", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), dtype=torch.float64),
     Case("packed-base", PackedNet, ["table", "fc", "bare"], _ids(2, 4)),
+    Case("packed-base-parts", PackedNet, ["table[:,1:3]", "fc[1:4]", "bare[0:2]"], _ids(2, 4)),
+    Case("packed-base-flat", lambda: PackedNet(Int8Flat), ["table", "fc", "bare"], _ids(2, 4)),
+    Case(
+        "packed-base-layers",
+        PackedLayers,
+        ["conv", "in_proj_weight", "out_proj", "stack[*]", "cell.weight_*"],
+        _x(2, 2, 4, 4),
+    ),
 ]
 _DECOMPOSED = """linear linear-4d-input linear-rows linear-columns linear-parts mlp embedding conv2d
 conv2d-rows conv2d-grouped conv-transpose mha mha-q-and-v encoder lstm bare-stack tied-together
 tied-apart experts packed-parts rslora double"""
+_DROPPED = "linear mlp conv2d mha encoder experts bare-stack"
 _OTHERS = """linear linear-rows linear-block mlp embedding embedding-pad conv2d conv2d-grouped
 conv-transpose mha mha-q-and-v encoder lstm gru-cell bare-stack tied-together tied-apart experts
 packed packed-parts packed-base"""
@@ -335,15 +344,16 @@ def _also(names: str, label: str, **fields: Any) -> list[Case]:
 PLAIN = CASES
 CASES = [
     *PLAIN,
-    *_also(f"{_DECOMPOSED} packed-base embedding-pad", "dora", variant="dora"),
+    *_also(f"{_DECOMPOSED} packed-base packed-base-layers embedding-pad", "dora", variant="dora"),
     *_also(_OTHERS, "miss", variant="miss"),
+    *_also(f"{_DECOMPOSED} packed-base", "dora-columns", variant="dora_columns"),
     *_also("linear mlp embedding conv2d mha encoder lstm experts", "bf16", dtype=torch.bfloat16),
     *_also("linear mlp", "half", dtype=torch.float16),
     *_also("linear mlp conv2d", "dora-bf16", dtype=torch.bfloat16, variant="dora"),
-    *_also("linear mlp conv2d mha encoder experts bare-stack", "dropout", dropout=0.3),
+    *_also(f"{_DROPPED} packed-base-layers", "dropout", dropout=0.3),
     *_also("linear conv2d mha", "dora-dropout", dropout=0.3, variant="dora"),
-    *_also("linear mlp conv2d bare-stack embedding mha packed-base", "pissa", init="pissa"),
-    *_also("linear mlp conv2d bare-stack embedding mha", "olora", init="olora"),
+    *_also("linear mlp conv2d bare-stack embedding mha lstm packed-base", "pissa", init="pissa"),
+    *_also("linear mlp conv2d bare-stack embedding mha packed-base", "olora", init="olora"),
     *_also("linear embedding", "dora-pissa", init="pissa", variant="dora"),
     *_also("linear mlp embedding conv2d mha experts packed-base", "two", adapters=("default", "b")),
     *_also("linear conv2d embedding", "dora-two", adapters=("default", "b"), variant="dora"),
@@ -366,7 +376,9 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.dequantize() if isinstance(v, Int8Rows) else v.clone() for k, v in state.items()}
 
 
-def reference_delta(tensors: dict[str, Tensor], scale: float, W: Tensor) -> Tensor:
+def reference_delta(
+    tensors: dict[str, Tensor], scale: float, W: Tensor, of_columns: bool = False
+) -> Tensor:
     """ΔW over the matrix W (*, out, in), as its variant defines it, by plain torch."""
     if "lora_M" in tensors:
         M = tensors["lora_M"]  # (*, rank, out)
@@ -378,24 +390,26 @@ def reference_delta(tensors: dict[str, Tensor], scale: float, W: Tensor) -> Tens
         update = update - scale * (tensors["initial_B"] @ tensors["initial_A"])
     if "magnitude" not in tensors:
         return update
-    V = W + update
-    return tensors["magnitude"][..., None] * V / V.norm(dim=-1, keepdim=True) - W
+    V, m = W + update, tensors["magnitude"]
+    if of_columns:
+        return m[..., None, :] * V / V.norm(dim=-2, keepdim=True) - W
+    return m[..., None] * V / V.norm(dim=-1, keepdim=True) - W
 
 
 def reference_weight(
-    W: Tensor, slice_text: str, tensors: dict[str, Tensor], scale: float
+    W: Tensor, slice_text: str, tensors: dict[str, Tensor], scale: float, of_columns: bool = False
 ) -> Tensor:
     """W + ΔW on a slice, in the dtype of the factors."""
     merged = W.to(next(iter(tensors.values())).dtype).clone()
     if slice_text in ("", "[*]"):
         matrix = merged.reshape(*W.shape[: 2 if slice_text else 1], -1)
-        return merged + reference_delta(tensors, scale, matrix).reshape(W.shape)
+        return merged + reference_delta(tensors, scale, matrix, of_columns).reshape(W.shape)
     rows, _, columns = slice_text.strip("[]").partition(",")
     index = tuple(
         slice(*(int(v) if v else None for v in part.split(":"))) for part in (rows, columns) if part
     )
     part = merged[index]
-    delta = reference_delta(tensors, scale, part.reshape(part.shape[0], -1))
+    delta = reference_delta(tensors, scale, part.reshape(part.shape[0], -1), of_columns)
     merged[index] = part + delta.reshape(part.shape)
     return merged
 
@@ -424,7 +438,8 @@ def reference_weights(
                     if f"{adapter}:{key}.{n}" in factors
                 }
             W = base[name]
-            new = reference_weight(W, slice_text, tensors, target.scale)
+            of_columns = target.settings.variant == "dora_columns"
+            new = reference_weight(W, slice_text, tensors, target.scale, of_columns)
             if name in weights:  # each adds what it adds to W alone
                 new = weights[name] + (new - W)
             for n in (name, *target.also):

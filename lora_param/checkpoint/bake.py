@@ -279,7 +279,7 @@ def bake_adapters(
         rows = list(found.values())
         dead = [
             a.name
-            for a, _ in adapters
+            for a in merging.adapters
             if (own := [row for key, row in found.items() if key[0] == id(a)])
             and all(row.dead for row in own)
         ]
@@ -292,7 +292,10 @@ def bake_adapters(
             size,
             checkpoint.key,
             options.verify,
-            tuple(_notes(_stored(checkpoint), rows, form, options)),
+            (
+                *_notes(_stored(checkpoint), rows, form, options),
+                *(n for a in merging.adapters for n in a.notes),
+            ),
             (form or "") if getattr(checkpoint, "packed", None) else "",
         )
 

@@ -18,7 +18,9 @@ from lora_param.cli.options import (
     Force,
     Json,
     Key,
+    Layout,
     Model,
+    Names,
     NoSync,
     Targets,
     weighted,
@@ -140,7 +142,9 @@ def stats(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|ADAPTER", help=f"{MODEL} Or an adapter file.", show_default=False
+            metavar="MODEL|ADAPTER",
+            help=f"{MODEL} Or an adapter file or a PEFT directory.",
+            show_default=False,
         ),
     ],
     adapter: Annotated[
@@ -159,6 +163,8 @@ def stats(
         typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
     ] = None,
     key: Key = None,
+    layout: Layout = None,
+    names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     json: Json = False,
@@ -174,10 +180,11 @@ def stats(
     with progress_bar("Measuring", quiet=json) as progress:
         found = lp.stats(
             model,
-            adapter,
+            _read(adapter, layout, names),
             norms=norms,
             key=key,
             check_fingerprint=not ignore_fingerprint,
+            layout=layout,
             progress=progress,
         )
     if html is not None:
@@ -233,7 +240,7 @@ def bake(
         list[str],
         typer.Argument(
             metavar="ADAPTER[=WEIGHT]...",
-            help="Adapter files; WEIGHT multiplies the update.",
+            help="Adapter files or PEFT directories; WEIGHT multiplies the update.",
             show_default=False,
         ),
     ],
@@ -273,6 +280,8 @@ def bake(
         ),
     ] = None,
     key: Key = None,
+    layout: Layout = None,
+    names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     no_sync: NoSync = False,
@@ -287,7 +296,7 @@ def bake(
     with progress_bar("Baking", quiet=json) as progress:
         report = lp.bake_checkpoint(
             model,
-            [weighted(text) for text in adapters],
+            [(_read(path, layout, names), w) for path, w in map(weighted, adapters)],
             output,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -301,12 +310,65 @@ def bake(
             sync=not no_sync,
             verify=verify,
             require_change=True,
+            layout=layout,
             progress=progress,
         )
     if json:
         show_json(report.to_dict())
         return
     show(report)
+
+
+def _read(adapter: Any, layout: str | None, names: Path | None) -> Any:
+    """The adapter, read where rules come with it; else its path, which the call reads."""
+    return adapter if names is None else lp.read_adapter(adapter, layout=layout, names=names)
+
+
+@app.command(cls=Command)
+def convert(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter file or a PEFT directory.", show_default=False
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="native or peft.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="OUT", help="A file; for peft a directory."),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What the adapter is for; as MODEL elsewhere."),
+    ] = None,
+    key: Key = None,
+    layout: Layout = None,
+    names: Names = None,
+    ignore_fingerprint: AnyBase = False,
+    force: Force = False,
+    no_sync: NoSync = False,
+    json: Json = False,
+) -> None:
+    """Write an adapter in another format, without loss.
+
+    Example: lora-param convert peft-directory --to native --base model -o adapter.safetensors
+    """
+    record = lp.convert(
+        _read(adapter, layout, names),
+        to,
+        output,
+        base=base,
+        layout=layout,
+        key=key,
+        check_fingerprint=not ignore_fingerprint,
+        force=force,
+        sync=not no_sync,
+    )
+    if json:
+        found = {"format": to, "targets": list(record.targets), "notes": list(record.notes)}
+        show_json({"output": str(output), **found})
+        return
+    show(*record.notes, f"Wrote {output}: {len(record.targets)} targets as {to}.")
 
 
 @app.command(cls=Command)
@@ -328,9 +390,7 @@ def check(
             "with a version, vllm==0.11. Repeatable.",
         ),
     ] = None,
-    names: Annotated[
-        Path | None, typer.Option("--names", metavar="FILE", help="Further rules between names.")
-    ] = None,
+    names: Names = None,
     key: Key = None,
     json: Json = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -120,8 +121,6 @@ def read_gguf(path: str | os.PathLike[str]) -> Gguf:
         MissingFileError: there is no such file.
         BrokenFileError: it is not a whole and consistent GGUF file of a version that is known.
     """
-    import mmap
-
     path = Path(path)
     try:
         with path.open("rb") as file:

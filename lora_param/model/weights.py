@@ -15,6 +15,8 @@ __all__ = ["buffers_of", "weights_of"]
 
 def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
     """The parameters of a live model under their original names, parametrized ones included."""
+    from lora_param.weight.base import logical_dtype, logical_shape
+
     names: dict[int, list[str]] = {}
     found: dict[str, tuple[torch.Tensor, torch.nn.Module]] = {}
     for name, tensor, owner in _parameters(model):
@@ -26,14 +28,15 @@ def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
     return {
         name: Weight(
             name,
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
+            logical_shape(tensor),
+            str(logical_dtype(tensor)).removeprefix("torch."),
             tuple(
                 c.__name__ for c in type(owner).__mro__ if c.__name__ not in ("Module", "object")
             ),
             tuple(n for n in names[id(tensor)] if n != name),
             head=owner is head,
             packed=_packed(tensor),
+            in_first=_in_first(owner, tensor),
         )
         for name, (tensor, owner) in found.items()
     }
@@ -47,8 +50,23 @@ def buffers_of(model: torch.nn.Module) -> Iterator[Weight]:
             yield Weight(canonical_name(name), tuple(tensor.shape), dtype)
 
 
+def _in_first(owner: torch.nn.Module, tensor: torch.Tensor) -> bool | None:
+    """The module's class tells how it stores W; a stack of experts has an attribute for it."""
+    if tensor.dim() == 3 and not hasattr(owner, "kernel_size"):
+        return bool(getattr(owner, "is_transposed", False))
+    classes = {c.__name__ for c in type(owner).__mro__}
+    if classes & {"Conv1D", "Embedding"}:
+        return True
+    return False if "Linear" in classes else None
+
+
 def _packed(tensor: torch.Tensor) -> str:
+    """Why it has no values to adapt: it is of a class that nothing reads, or of no class yet."""
+    from lora_param.weight.base import storage_of
+
     kind = type(tensor).__name__
+    if storage_of(tensor) is not None:
+        return ""
     if kind in ("Parameter", "Tensor", "UninitializedParameter", "DTensor", "FakeTensor"):
         return "not yet initialised" if kind == "UninitializedParameter" else ""
     is_quantized = hasattr(tensor, "dequantize") and type(tensor).__module__.startswith(

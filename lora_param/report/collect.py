@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.report.norms import measure
 from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.targets.weights import Weight, count_base
+from lora_param.weight.blocks import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,18 +90,20 @@ def _row(
     norm = rank = spectrum = weight_norm = None
     if measured:
         pair = factors if "lora_A" in factors else _lowered(target, factors, base.shape)
-        norm, rank, spectrum = measure(
-            pair["lora_A"],
-            pair["lora_B"],
-            scale,
-            factors.get("initial_A"),
-            factors.get("initial_B"),
-        )
+        if pair is not None:
+            norm, rank, spectrum = measure(
+                pair["lora_A"],
+                pair["lora_B"],
+                scale,
+                factors.get("initial_A"),
+                factors.get("initial_B"),
+            )
     if base_array is not None:
-        values = base_array(name)[region.index].astype(np.float64)
-        weight_norm = float(np.sqrt((values**2).sum()))
+        values = base_array(name)[region.index]
+        weight_norm = _norm(values)
         if measured and settings.variant != "lora":
-            norm = _norm_of_delta(target, factors, values.reshape(region.matrix(base.shape)))
+            wide = values.astype(np.float64).reshape(region.matrix(base.shape))
+            norm = _norm_of_delta(target, factors, wide)
     dead = is_dead(factors, norm, weight_norm)
     if dead and norm is not None:
         norm = 0.0
@@ -123,10 +127,17 @@ def _row(
     )
 
 
+def _norm(values: Array) -> float:
+    """‖W‖: a few rows at a time in the precision it has, and their sum exactly."""
+    flat = values.reshape(-1)
+    parts = (flat[i : i + BLOCK] for i in range(0, flat.size, BLOCK))
+    return math.sqrt(math.fsum(float(np.dot(part, part)) for part in parts))
+
+
 def _lowered(
     target: AdapterTarget, factors: Mapping[str, Array], shape: tuple[int, ...]
-) -> dict[str, Array]:
-    """A and B of a variant that keeps other tensors, for its scale."""
+) -> dict[str, Array] | None:
+    """A and B of a variant that keeps other tensors, for its scale; None where it has none."""
     import torch
 
     from lora_param.weight.variants import variant_named
@@ -134,8 +145,7 @@ def _lowered(
     W = torch.empty(target.target.region.matrix(shape), device="meta")
     tensors = {n: torch.from_numpy(np.asarray(t)) for n, t in factors.items()}
     form = variant_named(target.settings.variant).lower(W, tensors, 1.0, 1.0)
-    assert form is not None
-    return {"lora_A": form.A.numpy(), "lora_B": form.B.numpy()}
+    return form and {"lora_A": form.A.numpy(), "lora_B": form.B.numpy()}
 
 
 def _norm_of_delta(target: AdapterTarget, factors: Mapping[str, Array], W: Array) -> float:

@@ -63,6 +63,11 @@ class QuantizedCheckpoint(Checkpoint):
         return weights
 
     @property
+    def model_type(self) -> str | None:
+        """The stored checkpoint's."""
+        return self.stored.model_type
+
+    @property
     def nbytes(self) -> int:
         """Size of all numbers in bytes, as they are read."""
         plain = (w for n, w in self.weights.items() if n not in self.packed)

@@ -14,16 +14,7 @@ from torch import Tensor
 from torch.overrides import get_overridable_functions
 
 from lora_param.weight.adapted import implements
-from lora_param.weight.rules.common import (
-    add_into,
-    built,
-    dense_is_cheaper,
-    factors,
-    lowered,
-    part_of_input,
-    scaled_base,
-    stacked_updates,
-)
+from lora_param.weight.rules.common import factored, folded, lowered, stacked_updates
 
 __all__: list[str] = []
 
@@ -47,16 +38,16 @@ def grouped_mm(
         return NotImplemented
     if bias is not None or mat_a.dim() != 2:
         return NotImplemented
-    count, k, n = V.base.shape
-    if dense_is_cheaper(V, mat_a.shape[0] // max(count, 1), k, n):
-        return NotImplemented
-    x = built(mat_a)
-    y = F.grouped_mm(x, scaled_base(V), offs=offs, out_dtype=out_dtype)  # (S, n)
-    for u in V.updates:
-        A, B = factors(u, x.dtype)
+
+    def base(x: Tensor, W: Tensor) -> Tensor:
+        return F.grouped_mm(x, W, offs=offs, out_dtype=out_dtype)  # (S, n)
+
+    def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         fill = -A.shape[-2] % (_ALIGNMENT // x.element_size())
         if fill:
             A, B = F.pad(A, (0, 0, 0, fill)), F.pad(B, (0, fill))
-        h = F.grouped_mm(part_of_input(x, u, -1), B, offs=offs)  # (S, r)
-        y = add_into(y, F.grouped_mm(h, A, offs=offs), u.scale, None, -1)  # (S, n)
-    return y
+        h = F.grouped_mm(x, B, offs=offs)  # (S, r)
+        return F.grouped_mm(h, A, offs=offs)  # (S, n)
+
+    rows = mat_a.shape[0] // max(V.base.shape[0], 1)
+    return factored(folded(V), mat_a, base, product, rows=rows, by_rows=True)

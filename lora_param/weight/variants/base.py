@@ -63,7 +63,7 @@ class Fresh:
         return torch.zeros(self.shapes[name], dtype=self.dtype, device=self.device)
 
 
-class Variant:  # its methods are defaults, which have no use for all they are given
+class Variant:  # its methods are defaults, and do not use all of their arguments
     """A way of making an update out of tensors; derive from it, override what differs.
 
     Attributes:
@@ -72,11 +72,13 @@ class Variant:  # its methods are defaults, which have no use for all they are g
         by_rows: names of the tensors whose first dimension is the rows of W, where each row of the
             update depends on that row of W and of these tensors alone; empty where it does not.
             A gather from a table lowers the gathered rows only.
+        value: name of the tensor that takes W's place, or "" where something is added to W.
         has_blocks: the update of some rows of W needs no more of W than these rows, so that a file
             is baked a block at a time (see `blocks_of`); otherwise with all of W in memory.
     """
 
     uses_W = True
+    value = ""
     by_rows: tuple[str, ...] = ()
     has_blocks = False
 
@@ -106,7 +108,8 @@ class Variant:  # its methods are defaults, which have no use for all they are g
             strength: multiplies the whole update.
             known: what `known` gives for W, where W is frozen.
         """
-        raise NotImplementedError
+        A, B, factor = self.pair(tensors, scale, strength)
+        return Lowered(None, A, B, factor)
 
     def delta(self, W: Tensor, tensors: Tensors, scale: float, strength: float) -> Tensor:
         """ΔW of shape (*, m, n), computed in W's dtype.

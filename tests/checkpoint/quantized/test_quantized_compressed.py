@@ -76,7 +76,7 @@ def test_plain_int8(strategy: str, symmetric: bool, tmp_path: Path) -> None:
     [
         ("tensor", (1,), {}),
         ("channel", (M, 1), {}),
-        ("block", (2, 2), {"block_structure": [4, 32]}),
+        ("block", (3, 2), {"block_structure": [4, 32]}),
     ],
 )
 def test_float8(strategy: str, shape: tuple[int, ...], more: Any, tmp_path: Path) -> None:
