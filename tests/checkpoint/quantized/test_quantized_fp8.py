@@ -4,6 +4,7 @@ import pytest
 import torch
 from quantized_samples import FP8, folder, opened, reads
 
+import lora_param as lp
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.quantized.fp8 import dequantize_fp8, quantize_fp8
 
@@ -126,3 +127,18 @@ def test_a_sharded_directory_reads_scales_from_other_files(tmp_path: Path) -> No
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with open_checkpoint(tmp_path) as checkpoint:
         reads(checkpoint, "l.weight", (q.float() * s.repeat_interleave(128, 0)).bfloat16())
+
+
+def test_plan_and_stats_show_the_models_shapes_and_how_they_are_stored(tmp_path: Path) -> None:
+    tensors = {"l.q.weight": quantized(256, 128), "l.q.weight_scale_inv": scales(2, 1)}
+    base = folder(tmp_path, tensors, BLOCKS)
+    (target,) = lp.plan(base, ["q"]).to_dict()["targets"]
+    assert target["shape"] == [256, 128]
+    assert target["dtype"] == "bfloat16"
+    assert target["quantized"] == "fp8 in blocks of 128×128"
+    (row,) = lp.stats(base).weights
+    assert (row.name, row.elements, row.quantized) == (
+        "l.q.weight",
+        256 * 128,
+        "fp8 in blocks of 128×128",
+    )
