@@ -49,7 +49,7 @@ def combine(
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
-    name: str = "default",
+    adapter: str = "default",
     report: Callable[[Compressed], None] | None = None,
 ) -> Adapter:
     """The weighted sum of adapters, as one adapter.
@@ -72,7 +72,7 @@ def combine(
         rank: compress the result to this rank, for any method.
         density: for ties, dare and core-space, the share of elements that stays.
         seed: of dare's draws.
-        name: the name of the result.
+        adapter: the name of the result.
         report: called with what became of each target.
 
     Returns:
@@ -92,7 +92,7 @@ def combine(
 
     _check(adapters, weights, method, density)
     if len(adapters) == 1 and weights[0] == 1 and rank is None and method == "cat":
-        return replace(adapters[0], name=name)
+        return replace(adapters[0], name=adapter)
     keep = None if rank is None else Kept(rank=rank)
     targets: dict[str, AdapterTarget] = {}
     tensors: dict[str, Tensor] = {}
@@ -111,15 +111,15 @@ def combine(
             before = sum(p.A.shape[-2] for p, _ in pairs)
             report(Compressed(key, before, pair.A.shape[-2], error))
     base: dict[str, BaseWeight] = {}
-    for adapter in reversed(adapters):
-        base |= adapter.base
+    for one in reversed(adapters):
+        base |= one.base
     wanted = {t.target.name for t in targets.values()}
     sources = ", ".join(a.source for a in adapters)
     return Adapter(
         targets,
         tensors,
         {n: b for n, b in base.items() if n in wanted},
-        name,
+        adapter,
         f"the sum of {sources}",
     )
 

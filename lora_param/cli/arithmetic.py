@@ -118,7 +118,7 @@ def combine(
         rank=rank,
         density=density,
         seed=seed,
-        name=name,
+        adapter=name,
         report=rows.append,
     )
     lp.write_adapter(total, output, force=force, sync=not no_sync)
