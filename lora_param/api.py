@@ -278,9 +278,9 @@ def save(
         NonFiniteError: a factor is NaN or infinite.
         OutputError: the file cannot be written.
     """
-    from lora_param.model.record import get_adapter
+    from lora_param.model.record import record_to_save
 
-    write_adapter(get_adapter(model, adapter), path, format)
+    write_adapter(record_to_save(model, adapter), path, format)
     return Path(path)
 
 
@@ -312,7 +312,7 @@ def save_pretrained(
     """
     from lora_param.model.baking import check_finite
     from lora_param.model.pretrained import check_pretrained, untied_as_saved
-    from lora_param.model.record import get_adapter
+    from lora_param.model.record import record_to_save
     from lora_param.model.sites import adapter_names, by_weight, sites, unwrapped
     from lora_param.model.state import base_state_dict, check_chains, merged_state_dict
 
@@ -327,7 +327,7 @@ def save_pretrained(
     check_finite(by_weight(sites(inner)))
     state = merged_state_dict(inner) if merged else base_state_dict(inner)
     files = {} if merged else {_adapter_file(name, len(names)): name for name in names}
-    records = {file: get_adapter(inner, name) for file, name in files.items()}
+    records = {file: record_to_save(inner, name) for file, name in files.items()}
     try:
         with untied_as_saved(inner) if merged else nullcontext():
             cast(Any, inner).save_pretrained(directory, state_dict=state, **more)

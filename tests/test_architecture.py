@@ -34,6 +34,7 @@ ORDER = [
     "names.fit",
     "model.weights",
     "model.lora",
+    "model.held",
     "model.cache",
     "model.loading",
     "model.attach",

@@ -114,7 +114,7 @@ class BakeReport(Printed):
     @property
     def changed(self) -> int:
         """Number of elements that differ from the base."""
-        return sum(row.changed for row in self.rows)
+        return sum({row.target: row.changed for row in self.rows}.values())
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -358,6 +358,10 @@ def _check_place(
         own = Path(os.path.realpath(checkpoint.path))
         if not in_place and (own in real.parents or real in own.parents):
             raise OutputError(place, f"one of it and the input {checkpoint.path} is in the other")
+        if not in_place and suffix in (".safetensors", *_PICKLES):
+            raise OutputError(
+                place, f"the input is a directory, and so the output; its name ends in {suffix}"
+            )
         if real.is_dir():
             _check_replaceable(real)
     elif isinstance(checkpoint.path, str):
@@ -371,9 +375,9 @@ def _check_place(
                 place, "the input is a GGUF file, and so is the output: name it .gguf"
             )
     elif isinstance(checkpoint, SafetensorsCheckpoint) and suffix in _PICKLES:
-        raise OutputError(place, "the input is a .safetensors file, and the output would be one")
+        raise OutputError(place, "the input is a .safetensors file, and so the output: name it so")
     elif not isinstance(checkpoint, SafetensorsCheckpoint) and suffix == ".safetensors":
-        raise OutputError(place, "the input is a file of torch.save, and the output would be one")
+        raise OutputError(place, "the input is from torch.save, and so the output: name it .pt")
 
 
 def _has_shards(checkpoint: Checkpoint) -> bool:

@@ -148,10 +148,14 @@ def attach(
     _check_can_attach(model, name)
     where = owners(model)
     adapter = check_base(model, adapter, check_fingerprint)
+    weights = weights_of(model)
     loras = []
     for key, target in adapter.targets.items():
         # of tied names the model may lack some: a model without its head has the embedding alone
         first, *also = (n for n in (target.target.name, *target.also) if n in where)
+        # and where the adapter knows nothing of a tie, the tie holds, as it does in a file
+        tied = weights[first].tied if first in weights else ()
+        also += [n for n in tied if n not in (*also, *target.apart, target.target.name)]
         if (first, *also) != (target.target.name, *target.also):
             moved = Target(first, target.target.region)
             target = replace(target, target=moved, also=tuple(also))

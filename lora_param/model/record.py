@@ -12,15 +12,15 @@ from lora_param.adapter import Adapter, AdapterTarget, Host, check_fit
 from lora_param.errors import DuplicateTargetError, MismatchError, listed
 from lora_param.fingerprint import BaseWeight, hash_sample, tensor_base_weight
 from lora_param.model.attach import chain_of, originals_of
+from lora_param.model.held import enabled_outside, switch_lora
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensor, own_sites, owners, sites, unwrapped
-from lora_param.model.switching import switch_lora
 from lora_param.model.weights import weights_of
 from lora_param.names.fit import fitted
 from lora_param.targets.regions import Target
 from lora_param.weight.base import dense
 
-__all__ = ["check_base", "fingerprint", "get_adapter", "load_into"]
+__all__ = ["check_base", "fingerprint", "for_model", "get_adapter", "load_into", "record_to_save"]
 
 
 def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, BaseWeight]:
@@ -106,6 +106,15 @@ def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
     base = fingerprint(model, (t.target.name for t in targets.values()))
     source = f"the adapter {name!r} of the model"
     return Adapter(targets, tensors, base, name, source, weights_at_hand=weights)
+
+
+def record_to_save(model: nn.Module, name: str) -> Adapter:
+    """The record of an adapter as it is outside of any `disabled` block, which is for a while."""
+    found = own_sites(sites(unwrapped(model), name))
+    enabled = {s.key: enabled_outside(s.lora) for s in found}
+    record = get_adapter(model, name)
+    targets = {k: replace(t, enabled=enabled[k]) for k, t in record.targets.items()}
+    return replace(record, targets=targets)
 
 
 def load_into(

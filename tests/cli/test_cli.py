@@ -40,7 +40,7 @@ OPTIONS = {
     "--force --no-sync --json",
     "combine": "-o --output --method -r --rank --density --name --seed --force --no-sync --json",
     "resize": "-o --output -r --rank --energy --error --force --no-sync --json",
-    "diff": "--key --json",
+    "diff": "--key --ignore-fingerprint --json",
     "demo": "-o --output --seed --json",
 }
 

@@ -50,7 +50,7 @@ def embedding(
     weight: Any,
     padding_idx: int | None = None,
     max_norm: float | None = None,
-    norm_type: float = 2.0,  # noqa: ARG001  torch's signature
+    norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
@@ -61,7 +61,9 @@ def embedding(
     """
     if not isinstance(weight, AdaptedWeight) or weight.dim() != 2:
         return NotImplemented
-    if max_norm is not None or scale_grad_by_freq or sparse or isinstance(input, AdaptedWeight):
+    if sparse:  # of factors all rows have gradients: dense ones, the same numbers
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if max_norm is not None or scale_grad_by_freq or isinstance(input, AdaptedWeight):
         return NotImplemented
     if _prefers_built(weight.base, input):
         return NotImplemented
