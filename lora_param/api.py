@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from lora_param.adapter import Adapter, AdapterTarget, Host, check_name
-from lora_param.arithmetic.approximate import approximate
+from lora_param.arithmetic.approximate import PLAIN, approximate
 from lora_param.arithmetic.combine import Compressed
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
@@ -33,10 +33,11 @@ from lora_param.formats.portable import SERVED
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.stats import Stats
-from lora_param.targets.options import read_options, takes_settings
+from lora_param.targets.lora_config import LoraConfig, chosen_by
+from lora_param.targets.options import takes_settings
 from lora_param.targets.plan import Plan, Tied, make_plan
 from lora_param.targets.settings import SettingsOptions
-from lora_param.targets.weights import Weight
+from lora_param.targets.weights import Weight, weights_from
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +53,7 @@ Patterns = str | Iterable[str]
 @takes_settings
 def plan(
     model_or_shapes: nn.Module | PathLike | Mapping[str, Sequence[int] | Weight],
-    targets: Patterns = "all-linear",
+    targets: Patterns | LoraConfig = "all-linear",
     *,
     exclude: Patterns = (),
     tied: Tied = "error",
@@ -75,16 +76,16 @@ def plan(
         >>> p.trainable, [c.matched for c in p.counts]
         (1784, [1])
     """
-    settings = read_options(plan, options)
-    weights: Mapping[str, Sequence[int] | Weight]
+    weights: Mapping[str, Weight]
     buffers: Iterable[Weight] = ()
     if isinstance(model_or_shapes, Mapping):
-        weights = model_or_shapes
+        weights = weights_from(model_or_shapes)
     elif isinstance(model_or_shapes, (str, os.PathLike)):
         with open_checkpoint(model_or_shapes, key) as checkpoint:
             weights = checkpoint.weights
     else:
         weights, buffers = weights_of(model_or_shapes), buffers_of(model_or_shapes)
+    targets, settings = chosen_by(plan, targets, exclude, options, weights)
     return make_plan(
         weights, targets, exclude=exclude, settings=settings, tied=tied, buffers=buffers
     )
@@ -282,9 +283,9 @@ def save(
         NonFiniteError: a factor is NaN or infinite.
         OutputError: the file cannot be written.
     """
-    from lora_param.model.record import get_adapter
+    from lora_param.model.record import record_to_save
 
-    write_adapter(get_adapter(model, adapter), path, format)
+    write_adapter(record_to_save(model, adapter), path, format)
     return Path(path)
 
 
@@ -316,7 +317,7 @@ def save_pretrained(
     """
     from lora_param.model.baking import check_finite
     from lora_param.model.pretrained import check_pretrained, untied_as_saved
-    from lora_param.model.record import get_adapter
+    from lora_param.model.record import record_to_save
     from lora_param.model.sites import adapter_names, by_weight, sites, unwrapped
     from lora_param.model.state import base_state_dict, check_chains, merged_state_dict
 
@@ -331,7 +332,7 @@ def save_pretrained(
     check_finite(by_weight(sites(inner)))
     state = merged_state_dict(inner) if merged else base_state_dict(inner)
     files = {} if merged else {_adapter_file(name, len(names)): name for name in names}
-    records = {file: get_adapter(inner, name) for file, name in files.items()}
+    records = {file: record_to_save(inner, name) for file, name in files.items()}
     try:
         with untied_as_saved(inner) if merged else nullcontext():
             cast(Any, inner).save_pretrained(directory, state_dict=state, **more)
@@ -482,4 +483,5 @@ def _nearest(
     def has_form(t: AdapterTarget) -> bool:
         return served is None or kinds.get(t.target.name) in served
 
-    return approximate(record, host, has_form, rank=rank, report=report)
+    exact = (*PLAIN, "dora", "dora_columns") if to == "kohya" else PLAIN
+    return approximate(record, host, has_form, exact=exact, rank=rank, report=report)

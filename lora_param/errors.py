@@ -3,6 +3,7 @@
     LoraParamError
     ├── UserError                     something the caller can put right
     │   ├── OptionError               a setting outside its accepted values
+    │   │   └── LoraConfigError       a field of a LoraConfig that has no form here
     │   ├── UnknownOptionError        a keyword that is none of a function's
     │   ├── TargetError               choosing weights
     │   │   ├── PatternError          a pattern that cannot be read
@@ -33,6 +34,7 @@
     │   │   ├── NoFormError           something that a format, or this package, cannot express
     │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
+    │   │   ├── QuantizationLossError a bake that would lose most of an update
     │   │   ├── NoDifferenceError     two checkpoints between which no adapter leads
     │   │   ├── VariantError          an operation that this variant does not allow
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
@@ -67,6 +69,7 @@ __all__ = [
     "FingerprintError",
     "InternalError",
     "LayoutError",
+    "LoraConfigError",
     "LoraParamError",
     "MismatchError",
     "MissingFileError",
@@ -84,6 +87,7 @@ __all__ = [
     "OutputError",
     "OverlapError",
     "PatternError",
+    "QuantizationLossError",
     "ResizeError",
     "ResumeError",
     "RetieError",
@@ -166,6 +170,13 @@ class MissingPackageError(UserError, ImportError):
         super().__init__(
             f"{what} needs {package}, which is not installed: pip install '{install}'."
         )
+
+
+class LoraConfigError(OptionError):
+    """A field of a `peft.LoraConfig` that cannot be done as it says."""
+
+    def __init__(self, field: str, found: object, instead: str) -> None:
+        super().__init__(f"{field} of the LoraConfig", found, instead)
 
 
 class NameRuleError(UserError, ValueError):
@@ -546,6 +557,19 @@ class UnchangedError(AdapterError):
         super().__init__(
             f"no element would change: {why}, or disable the adapter to write the base's weights. "
             f"Nothing was written."
+        )
+
+
+class QuantizationLossError(AdapterError):
+    """A bake into quantized weights that would lose more than half of an update."""
+
+    def __init__(self, kept: Sequence[tuple[str, float]], targets: int) -> None:
+        worst = sorted(kept, key=lambda item: item[1])
+        shown = listed([f"{name} ({share:.0%})" for name, share in worst])
+        super().__init__(
+            f"quantizing again keeps less than half of the update of {len(kept)} of {targets} "
+            f"targets: {shown}. Nothing was written. Write plain weights (--as dense), or "
+            f"accept it (--force)."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,10 @@ from lora_param.targets.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["approximate"]
+__all__ = ["PLAIN", "approximate"]
 
-_PLAIN = ("lora", "miss")  # exact products of two factors
+PLAIN = ("lora", "miss")
+"""The variants that are exact products of two factors."""
 
 
 def approximate(
@@ -25,6 +26,7 @@ def approximate(
     host: Host | None,
     keep: Callable[[AdapterTarget], bool],
     *,
+    exact: Collection[str] = PLAIN,
     rank: int | None = None,
     report: Callable[[Compressed], None] | None = None,
 ) -> Adapter:
@@ -34,6 +36,7 @@ def approximate(
         adapter: any, settled for its base.
         host: the base, on which the update of some variants depends.
         keep: a target has a form where the adapter goes; the others, and full copies, are dropped.
+        exact: the variants that stay what they are, unless a rank is asked for.
         rank: of all targets; by default each keeps its own.
         report: called with what became of each target that is not exactly what it was; the error
             of one that was dropped is 1.
@@ -54,7 +57,7 @@ def approximate(
             if report:
                 report(Compressed(key, before, 0, 1.0))
             continue
-        if t.settings.variant in _PLAIN and (rank is None or rank == before):
+        if t.settings.variant in exact and (rank is None or rank == before):
             targets[key] = t
             tensors |= {f"{key}.{n}": f for n, f in adapter.factors(key).items()}
             continue

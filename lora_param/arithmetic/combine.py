@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.arithmetic.pairs import Pair, pair_of
@@ -32,13 +32,13 @@ class Compressed:
         target: its key.
         before: rank of what was given, of all adapters together.
         rank: rank of the result.
-        error: ‖lost‖ / ‖ΔW‖; nan where the method is not an approximation of the sum.
+        error: ‖lost‖ / ‖ΔW‖; None where the method is not an approximation of the sum.
     """
 
     target: str
     before: int
     rank: int
-    error: float
+    error: float | None
 
 
 def combine(
@@ -49,7 +49,7 @@ def combine(
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
-    name: str = "default",
+    adapter: str = "default",
     report: Callable[[Compressed], None] | None = None,
 ) -> Adapter:
     """The weighted sum of adapters, as one adapter.
@@ -72,7 +72,7 @@ def combine(
         rank: compress the result to this rank, for any method.
         density: for ties, dare and core-space, the share of elements that stays.
         seed: of dare's draws.
-        name: the name of the result.
+        adapter: the name of the result.
         report: called with what became of each target.
 
     Returns:
@@ -92,7 +92,7 @@ def combine(
 
     _check(adapters, weights, method, density)
     if len(adapters) == 1 and weights[0] == 1 and rank is None and method == "cat":
-        return replace(adapters[0], name=name)
+        return replace(adapters[0], name=adapter)
     keep = None if rank is None else Kept(rank=rank)
     targets: dict[str, AdapterTarget] = {}
     tensors: dict[str, Tensor] = {}
@@ -111,15 +111,15 @@ def combine(
             before = sum(p.A.shape[-2] for p, _ in pairs)
             report(Compressed(key, before, pair.A.shape[-2], error))
     base: dict[str, BaseWeight] = {}
-    for adapter in reversed(adapters):
-        base |= adapter.base
+    for one in reversed(adapters):
+        base |= one.base
     wanted = {t.target.name for t in targets.values()}
     sources = ", ".join(a.source for a in adapters)
     return Adapter(
         targets,
         tensors,
         {n: b for n, b in base.items() if n in wanted},
-        name,
+        adapter,
         f"the sum of {sources}",
     )
 
@@ -181,20 +181,20 @@ def _combined(
     keep: Kept | None,
     density: float,
     seed: int,
-) -> tuple[Pair, float]:
+) -> tuple[Pair, float | None]:
     """The sum of one target's updates, and the part of it that was lost."""
     from lora_param.weight.lowrank import reduce_product
 
     if method in ("cat", "svd"):
-        pair, error = _joined(pairs), 0.0
+        pair, error = _joined(pairs), cast("float | None", 0.0)
     elif method == "core-space":
-        pair, error = _in_core_space(pairs, density), math.nan
+        pair, error = _in_core_space(pairs, density), None
     else:
-        pair, error = _added(key, pairs, method, density, seed), math.nan
+        pair, error = _added(key, pairs, method, density, seed), None
     if keep is None:
         return pair, error
     low = reduce_product(pair.A, pair.B, keep)
-    if not math.isnan(error):
+    if error is not None:
         error = math.sqrt(max(0.0, 1 - low.energy))
     return Pair(low.A, low.B, pair.scale), error
 

@@ -104,6 +104,7 @@ def diff(
     adapter: PathLike | None = None,
     *,
     key: str | None = None,
+    check_fingerprint: bool = True,
     progress: Progress | None = None,
 ) -> Diff:
     """Compare two adapters, two checkpoints, or a checkpoint with a base and an adapter.
@@ -115,6 +116,7 @@ def diff(
         b: the same kind of thing.
         adapter: with two checkpoints: is `a` what baking this adapter into `b` gives?
         key: dotted name of the nested state dict in pickles.
+        check_fingerprint: refuse a `b` with other values than the adapter was made on.
         progress: called with what is done, what there is, and a name.
 
     Raises:
@@ -133,19 +135,23 @@ def diff(
         accepted = "two adapters, two checkpoints, or MERGED BASE ADAPTER"
         raise OptionError("what to compare", found, accepted)
     with open_checkpoint(a, key) as one, open_checkpoint(b, key) as other:
-        return _of_checkpoints(one, other, adapter, progress)
+        return _of_checkpoints(one, other, adapter, check_fingerprint, progress)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
 def _of_checkpoints(
-    a: Checkpoint, b: Checkpoint, adapter: PathLike | None, progress: Progress | None
+    a: Checkpoint,
+    b: Checkpoint,
+    adapter: PathLike | None,
+    check_fingerprint: bool,
+    progress: Progress | None,
 ) -> Diff:
     meant: Callable[[str], Tensor] = b.__getitem__
     if adapter is not None:
         record = read_adapter(adapter)
-        merging = plan_merging(b, [(record, 1.0)], dtype=None, check_fingerprint=True)
+        merging = plan_merging(b, [(record, 1.0)], dtype=None, check_fingerprint=check_fingerprint)
         meant = lambda name: merging.stored(name, b[name])  # noqa: E731
     names = [*a, *(n for n in b if n not in a)]
     both = [n for n in names if n in a and n in b]

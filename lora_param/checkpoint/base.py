@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_param.files.safetensors import tensor_bytes
 from lora_param.fingerprint import BaseWeight, tensor_base_weight
 from lora_param.targets.weights import Weight
 
@@ -60,6 +61,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
         """Size of all tensors in bytes, tied ones counted under each name."""
         return sum(t.numel() * t.element_size() for t in self.values())
 
+    @property
+    def model_type(self) -> str | None:
+        """What kind of model it is, where a config beside it says so."""
+        return None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
 
@@ -68,6 +74,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
 
     def __contains__(self, name: object) -> bool:
         return name in self.weights
+
+    def raw(self, name: str) -> bytes:
+        """The bytes of the tensor of this name; for small ones that are no numbers."""
+        return bytes(tensor_bytes(self[name]))
 
     def array(self, name: str) -> NDArray[np.float32]:
         """The tensor of this name as a float32 array, for statistics."""

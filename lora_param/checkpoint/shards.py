@@ -64,6 +64,14 @@ class DirectoryCheckpoint(Checkpoint):
             _check_index(self.index, self._home, self.parts)
         self.key = next((p.key for p in self.parts.values()), "")
 
+    @property
+    def model_type(self) -> str | None:
+        """The config's model_type."""
+        path = self.path / "config.json"
+        config = load_json(path) if path.is_file() else {}
+        kind = config.get("model_type")
+        return kind if isinstance(kind, str) else None
+
     def _describe(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
         for part in self.parts.values():
@@ -87,6 +95,10 @@ class DirectoryCheckpoint(Checkpoint):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.part_of(name)[name]
+
+    def raw(self, name: str) -> bytes:
+        """The bytes of the tensor of this name."""
+        return self.part_of(name).raw(name)
 
     def array(self, name: str) -> NDArray[np.float32]:
         """The tensor of this name as a float32 array, for statistics."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import lora_param as lp
-from lora_param.cli.options import AdapterFile, Force, Json, Key, NoSync, Targets, weighted
+from lora_param.cli.options import AdapterFile, AnyBase, Force, Json, Key, NoSync, Targets, weighted
 from lora_param.cli.terminal import progress_bar, show, show_json
 from lora_param.files.writer import check_output
 
@@ -118,7 +118,7 @@ def combine(
         rank=rank,
         density=density,
         seed=seed,
-        name=name,
+        adapter=name,
         report=rows.append,
     )
     lp.write_adapter(total, output, force=force, sync=not no_sync)
@@ -174,6 +174,7 @@ def diff(
         ),
     ] = None,
     key: Key = None,
+    ignore_fingerprint: AnyBase = False,
     json: Json = False,
 ) -> None:
     """Say what differs between two adapters, two checkpoints, or a merged file and its parts.
@@ -183,7 +184,9 @@ def diff(
     Example: lora-param diff merged.safetensors base.safetensors adapter.safetensors
     """
     with progress_bar("Comparing", quiet=json) as progress:
-        found = lp.diff(a, b, adapter, key=key, progress=progress)
+        found = lp.diff(
+            a, b, adapter, key=key, check_fingerprint=not ignore_fingerprint, progress=progress
+        )
     if json:
         show_json(found.to_dict())
     else:

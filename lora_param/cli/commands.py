@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -21,6 +21,7 @@ from lora_param.cli.options import (
     Key,
     Layout,
     Model,
+    Names,
     NoSync,
     Targets,
     weighted,
@@ -164,6 +165,7 @@ def stats(
     ] = None,
     key: Key = None,
     layout: Layout = None,
+    names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     json: Json = False,
@@ -179,7 +181,7 @@ def stats(
     with progress_bar("Measuring", quiet=json) as progress:
         found = lp.stats(
             model,
-            adapter,
+            _read(adapter, layout, names),
             norms=norms,
             key=key,
             check_fingerprint=not ignore_fingerprint,
@@ -263,8 +265,24 @@ def bake(
     link: Annotated[
         bool, typer.Option("--link", help="Hard links for whole files that do not change.")
     ] = False,
+    quantized: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="FORM",
+            help="Of a quantized MODEL: dense, all weights plain (the default), or same, "
+            "quantized again.",
+        ),
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="What a quantized MODEL was made of: measure how far it is."
+        ),
+    ] = None,
     key: Key = None,
     layout: Layout = None,
+    names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     no_sync: NoSync = False,
@@ -279,11 +297,13 @@ def bake(
     with progress_bar("Baking", quiet=json) as progress:
         report = lp.bake_checkpoint(
             model,
-            [weighted(text) for text in adapters],
+            [(_read(path, layout, names), w) for path, w in map(weighted, adapters)],
             output,
             dtype=dtype,
             max_shard_size=max_shard_size,
             link=link,
+            quantized=cast(Any, quantized),
+            original=original,
             key=key,
             check_fingerprint=not ignore_fingerprint,
             in_place=in_place,
@@ -298,6 +318,11 @@ def bake(
         show_json(report.to_dict())
         return
     show(report)
+
+
+def _read(adapter: Any, layout: str | None, names: Path | None) -> Any:
+    """The adapter, read where rules come with it; else its path, which the call reads."""
+    return adapter if names is None else lp.read_adapter(adapter, layout=layout, names=names)
 
 
 @app.command(cls=Command)
@@ -332,6 +357,7 @@ def convert(
     ] = None,
     key: Key = None,
     layout: Layout = None,
+    names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     no_sync: NoSync = False,
@@ -345,7 +371,7 @@ def convert(
     """
     rows: list[Any] = []
     record = lp.convert(
-        adapter,
+        _read(adapter, layout, names),
         to,
         output,
         base=base,
@@ -391,9 +417,7 @@ def check(
             "with a version, vllm==0.11. Repeatable.",
         ),
     ] = None,
-    names: Annotated[
-        Path | None, typer.Option("--names", metavar="FILE", help="Further rules between names.")
-    ] = None,
+    names: Names = None,
     key: Key = None,
     json: Json = False,
 ) -> None:

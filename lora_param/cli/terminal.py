@@ -117,7 +117,7 @@ def _wrong_usage(error: Any) -> str:
         error.show()  # the help itself
         return ""
     command = context.command_path if context is not None else "lora-param"
-    return f"{sentence.rstrip('.')}. See {command} --help."
+    return f"{sentence.rstrip('.?')}. See {command} --help."
 
 
 def _tell(sentence: str, *, json: bool) -> None:

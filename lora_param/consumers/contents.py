@@ -47,6 +47,7 @@ _ENDS = (
     (r"(\.processor)?\.\w*lora\.up\.weight", "diffusers", "B"),
     (r"\.lora_A", "native", "A"),
     (r"\.lora_B", "native", "B"),
+    (r"\.lora_M", "native", "M"),
     (r"\.magnitude", "native", "magnitude"),
     (r"\.lora_a", "gguf", "A"),
     (r"\.lora_b", "gguf", "B"),

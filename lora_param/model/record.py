@@ -12,14 +12,23 @@ from lora_param.adapter import Adapter, AdapterTarget, Host, check_fit
 from lora_param.errors import DuplicateTargetError, MismatchError, listed
 from lora_param.fingerprint import BaseWeight, hash_sample, tensor_base_weight
 from lora_param.model.attach import chain_of, originals_of
+from lora_param.model.held import enabled_outside, switch_lora
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensor, own_sites, owners, sites, unwrapped
-from lora_param.model.switching import switch_lora
 from lora_param.model.weights import weights_of
+from lora_param.names.fit import fitted
 from lora_param.targets.regions import Target
 from lora_param.weight.base import dense
 
-__all__ = ["check_base", "fingerprint", "get_adapter", "host_of", "load_into"]
+__all__ = [
+    "check_base",
+    "fingerprint",
+    "for_model",
+    "get_adapter",
+    "host_of",
+    "load_into",
+    "record_to_save",
+]
 
 
 def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, BaseWeight]:
@@ -47,7 +56,24 @@ def host_of(model: nn.Module) -> Host:
     def value(name: str) -> Tensor:
         return dense(base_tensor(*where[name])).detach()
 
-    return Host("the model", weights_of(model), value)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return Host("the model", weights_of(model), value, kind)
+
+
+def for_model(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter as it is written for this model, with all settled that its file leaves open.
+
+    Raises:
+        MismatchError: a name that stands nowhere in the model.
+        LayoutError: a target without a form in the model's layout.
+    """
+    where = owners(model)
+    if adapter.settle is None and all(t.target.name in where for t in adapter.targets.values()):
+        return adapter
+    host = replace(host_of(model), names=adapter.names)
+    adapter = fitted(adapter if adapter.settle is None else adapter.on(host), host)
+    adapter.check_finite()  # nobody has looked at it yet
+    return adapter
 
 
 def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> Adapter:
@@ -56,9 +82,7 @@ def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> A
     Returns:
         The adapter, with all settled that its file leaves open.
     """
-    if adapter.settle is not None:
-        adapter = adapter.on(host_of(model))
-        adapter.check_finite()  # nobody has looked at it yet
+    adapter = for_model(model, adapter)
     names = (n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart))
     base = fingerprint(model, names)
     check_fit(adapter, base, "the model", check_fingerprint=check_fingerprint)
@@ -97,6 +121,15 @@ def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
     return Adapter(targets, tensors, base, name, source, weights_at_hand=weights)
 
 
+def record_to_save(model: nn.Module, name: str) -> Adapter:
+    """The record of an adapter as it is outside of any `disabled` block, which is for a while."""
+    found = own_sites(sites(unwrapped(model), name))
+    enabled = {s.key: enabled_outside(s.lora) for s in found}
+    record = get_adapter(model, name)
+    targets = {k: replace(t, enabled=enabled[k]) for k, t in record.targets.items()}
+    return replace(record, targets=targets)
+
+
 def load_into(
     model: nn.Module, adapter: Adapter, name: str, *, strict: bool, check_fingerprint: bool
 ) -> None:
@@ -105,7 +138,7 @@ def load_into(
     Raises:
         MismatchError: targets that only one side has (unless strict is False), or other shapes.
     """
-    adapter = check_base(unwrapped(model), adapter, False) if adapter.settle else adapter
+    adapter = for_model(unwrapped(model), adapter)
     mine = {s.key: s for s in own_sites(sites(model, name))}
     missing = [k for k in mine if k not in adapter.targets]
     unexpected = [k for k in adapter.targets if k not in mine]

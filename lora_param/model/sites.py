@@ -23,8 +23,8 @@ _WRAPPERS = ("DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where DataParallel or DistributedDataParallel stand around it."""
-    while type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+    """The model itself, where DataParallel, DDP or an `AveragedModel` stand around it."""
+    while type(model).__name__ in ("DataParallel", "DistributedDataParallel", "AveragedModel"):
         inner = model.module
         assert isinstance(inner, nn.Module)
         model = inner

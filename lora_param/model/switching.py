@@ -1,48 +1,20 @@
-"""What is changed on an adapter while it stays attached: on, off, how strong, kept built.
-
-Whether an update acts is one attribute, `LoRA.enabled`, which costs nothing to read. Blocks of
-`disabled` are counted beside it, so that they may overlap in any order, in any threads.
-"""
+"""What is changed on an adapter while it stays attached: on, off, how strong, kept built."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from lora_param.errors import OptionError
 from lora_param.model.attach import chain_of, sites_of
 from lora_param.model.cache import keeping
-from lora_param.model.lora import LoRA
+from lora_param.model.held import hold, switch_lora
 from lora_param.model.sites import Patterns, chosen_loras
 
-__all__ = ["cached", "disabled", "set_scale", "switch", "switch_lora"]
-
-
-@dataclass(slots=True)
-class _Held:
-    """A LoRA within `disabled` blocks: how many, and what it will be when the last one ends."""
-
-    blocks: int
-    after: bool
-
-
-_lock = threading.Lock()
-_held: WeakKeyDictionary[LoRA, _Held] = WeakKeyDictionary()
-
-
-def switch_lora(lora: LoRA, enabled: bool) -> None:
-    """Set whether an update acts; while `disabled` blocks hold it, what it will be after them."""
-    with _lock:
-        if held := _held.get(lora):
-            held.after = enabled
-        else:
-            lora.enabled = enabled
+__all__ = ["cached", "disabled", "set_scale", "switch"]
 
 
 def switch(
@@ -65,7 +37,7 @@ def disabled(
 
     The updates are out in every thread while any block over them is open. Blocks may nest, and
     those of several threads may overlap; what `enable` or `disable` says meanwhile holds when the
-    last one ends.
+    last one ends. An adapter that is saved within a block is saved as it is outside of it.
 
     Example:
         >>> import lora_param as lp
@@ -74,22 +46,8 @@ def disabled(
         ...     type(model.weight).__name__
         'Parameter'
     """
-    loras = dict.fromkeys(chosen_loras(model, targets, adapter=adapter))
-    with _lock:
-        for lora in loras:
-            held = _held.setdefault(lora, _Held(0, lora.enabled))
-            held.blocks += 1
-            lora.enabled = False
-    try:
+    with hold(chosen_loras(model, targets, adapter=adapter)):
         yield
-    finally:
-        with _lock:
-            for lora in loras:
-                held = _held[lora]
-                held.blocks -= 1
-                if not held.blocks:
-                    lora.enabled = held.after
-                    del _held[lora]
 
 
 def set_scale(

@@ -40,7 +40,7 @@ class TargetRow:
         singular_values: of ΔW, greatest first, where they were measured; of a stack each is the
             root of the sum of squares over its matrices. Their norm is `update_norm`. Of DoRA,
             whose ΔW is of full rank, they and the effective rank are those of scale·(B @ A).
-        variant: lora or dora.
+        variant: its name.
     """
 
     target: str
@@ -121,6 +121,7 @@ class WeightRow:
         dtype: its dtype, by torch's name.
         elements: how many it has.
         adapted: keys of the targets on it.
+        quantized: the format that stores it, "" where it is stored as it is.
     """
 
     name: str
@@ -128,6 +129,7 @@ class WeightRow:
     dtype: str
     elements: int
     adapted: tuple[str, ...] = ()
+    quantized: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """The row as plain data, for JSON."""

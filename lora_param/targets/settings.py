@@ -227,14 +227,17 @@ class Settings:
         """What fits a target of shape (out, in), or (E, out, in): a rank of at most min(out, in).
 
         More would add parameters and nothing else. The scale stays the one that was asked for; it
-        is written down as itself, since alpha/rank of another rank may round to another number.
+        is written down as itself where alpha/rank of this rank rounds to another number.
 
         >>> Settings(rank=8).capped((2, 16))
-        Settings(rank=2, alpha=2.0, scaling='constant')
+        Settings(rank=2, alpha=4.0)
         """
         limit = min(matrix[-2:])
         if self.rank <= limit:
             return self
+        alpha = self.scale * limit
+        if alpha / limit == self.scale:
+            return replace(self, rank=limit, alpha=alpha, scaling="standard")
         return replace(self, rank=limit, alpha=self.scale, scaling="constant")
 
     def shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

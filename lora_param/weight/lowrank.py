@@ -57,7 +57,9 @@ class Kept:
         given = {n: v for n in ("rank", "energy", "error") if (v := getattr(self, n)) is not None}
         if len(given) != 1:
             found = " and ".join(given) or "nothing"
-            raise OptionError("what to keep", found, "one of rank, energy and error")
+            raise OptionError(
+                "what to keep", found, "one of rank, energy and error (-r, --energy, --error)"
+            )
         if self.rank is not None and self.rank < 1:
             raise OptionError("rank", self.rank, "a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:

@@ -74,3 +74,23 @@ def test_wrong_input_is_one_sentence_and_nothing_is_written(there, cli: Cli, arg
     assert says in done.err
     assert len(done.err.splitlines()) == 1
     assert {p.name: p.read_bytes() for p in there.iterdir()} == before
+
+
+def test_what_no_error_is_known_of_is_null_in_json(cli: Cli):
+    done = cli("combine", "a.safetensors", "--method", "dare", "-o", "c.safetensors", "--json")
+    rows = json.loads(done.out, parse_constant=pytest.fail)["targets"]
+    assert {row["error"] for row in rows} == {None}
+
+
+def test_a_sum_of_adapters_counts_what_it_changes_once(cli: Cli):
+    one = json.loads(cli("bake", "m.safetensors", "a.safetensors", "-o", "1.st", "--json").out)
+    two = json.loads(
+        cli("bake", "m.safetensors", "a.safetensors", "a.safetensors", "-o", "2.st", "--json").out
+    )
+    assert one["changed"] == two["changed"]
+
+
+def test_diff_takes_another_base_where_it_is_told_to(cli: Cli):
+    arguments = ["diff", "tuned.safetensors", "tuned.safetensors", "a.safetensors"]
+    assert "--ignore-fingerprint" in cli(*arguments).err
+    assert cli(*arguments, "--ignore-fingerprint").status == 3

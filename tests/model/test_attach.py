@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +177,43 @@ def test_a_foreign_subclass_and_its_getstate_survive() -> None:
     assert isinstance(twin, Custom)
     assert twin.marked
     assert torch.equal(twin.weight.detach(), model.weight.detach())
+
+
+class Tied(nn.Module):
+    def __init__(self, *, head: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 6)
+        if head:
+            self.head = nn.Linear(6, 12, bias=False)
+            self.head.weight = self.embed.weight
+
+
+def test_of_tied_names_the_model_may_lack_some() -> None:
+    torch.manual_seed(0)
+    model = lp.apply(Tied(head=True), ["embed", "head"], rank=2)
+    for p in lp.parameters(model):
+        nn.init.normal_(p)
+    record = lp.get_adapter(model)
+    assert record.targets["embed.weight"].also == ("head.weight",)
+    torch.manual_seed(0)
+    alone = lp.attach(Tied(head=False), record)
+    assert torch.equal(alone.embed.weight.clone(), model.embed.weight.clone())
+
+
+def test_a_tie_that_the_adapter_does_not_know_holds_live_and_in_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    apart = Tied(head=True)
+    apart.head.weight = nn.Parameter(apart.embed.weight.detach().clone())
+    lp.apply(apart, ["embed"], rank=2)
+    for p in lp.parameters(apart):
+        nn.init.normal_(p)
+    lp.save(apart, tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    tied = Tied(head=True)
+    torch.save(tied.state_dict(), tmp_path / "tied.pt")
+    lp.bake_checkpoint(tmp_path / "tied.pt", tmp_path / "a.safetensors", tmp_path / "baked.pt")
+    baked = torch.load(tmp_path / "baked.pt")
+    live = lp.merged_state_dict(lp.load(tied, tmp_path / "a.safetensors"))
+    for name, tensor in baked.items():
+        assert torch.equal(live[name], tensor), name
+    assert torch.equal(live["head.weight"], live["embed.weight"])

@@ -212,3 +212,19 @@ def test_a_copy_made_within_a_block_can_be_switched_on(model: nn.Module) -> None
         assert acting(twin) == ALL
         assert acting(model) == NONE
     assert acting(model) == ALL
+
+
+def test_what_is_saved_within_a_block_is_as_it_is_outside_of_it(tmp_path: Path) -> None:
+    model = lp.apply(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"], rank=2)
+    lp.disable(model, ["1"])
+    with lp.disabled(model):
+        lp.save(model, tmp_path / "a.safetensors")
+    targets = lp.read_adapter(tmp_path / "a.safetensors").targets
+    assert [t.enabled for t in targets.values()] == [True, False]
+
+
+def test_an_average_of_a_model_is_that_model(tmp_path: Path) -> None:
+    model = lp.apply(nn.Sequential(nn.Linear(4, 4)), ["0"], rank=2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    lp.save(average, tmp_path / "a.safetensors")
+    assert list(lp.read_adapter(tmp_path / "a.safetensors").targets) == ["0.weight"]

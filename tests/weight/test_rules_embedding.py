@@ -19,8 +19,9 @@ from rules_samples import (
     regions,
     saved_beyond,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
+import lora_param as lp
 from lora_param.targets.regions import WHOLE, Region
 from lora_param.weight.adapted import adapted
 from lora_param.weight.update import Update, merge
@@ -153,3 +154,15 @@ def test_dropout_says_that_it_has_no_effect() -> None:
     with pytest.warns(UserWarning, match="no effect on an embedding"):
         found = F.embedding(ids, w)
     torch.testing.assert_close(found, F.embedding(ids, merge(w.base, w.updates)))
+
+
+def test_a_table_with_sparse_gradients_trains() -> None:
+    torch.manual_seed(0)
+    dense = lp.apply(nn.Embedding(5, 8), ["weight"], rank=2)
+    torch.manual_seed(0)
+    sparse = lp.apply(nn.Embedding(5, 8, sparse=True), ["weight"], rank=2)
+    for model in (dense, sparse):
+        nn.init.ones_(lp.parameters(model)[1])
+        model(torch.tensor([1, 2, 2])).square().sum().backward()
+    for a, b in zip(lp.parameters(dense), lp.parameters(sparse), strict=True):
+        assert torch.equal(a.grad, b.grad)

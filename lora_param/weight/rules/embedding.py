@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.base import gather, logical_shape
 from lora_param.weight.cost import prefers_built
 from lora_param.weight.precision import exact
 from lora_param.weight.rules.common import add_into, add_updates, lowered
@@ -34,7 +35,8 @@ def _rows_of_B(ids: Tensor, u: Update, B: Tensor) -> Tensor:
 
 
 def _prefers_built(W: Tensor, ids: Tensor) -> bool:
-    return prefers_built(W, (), ids.numel(), W.shape[1], W.shape[0])
+    inputs, outputs = logical_shape(W)
+    return prefers_built(W, (), ids.numel(), outputs, inputs)
 
 
 def _warn(weight: AdaptedWeight | NormalForm) -> None:
@@ -48,7 +50,7 @@ def embedding(
     weight: Any,
     padding_idx: int | None = None,
     max_norm: float | None = None,
-    norm_type: float = 2.0,  # noqa: ARG001  torch's signature
+    norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
@@ -59,11 +61,13 @@ def embedding(
     """
     if not isinstance(weight, AdaptedWeight) or weight.dim() != 2:
         return NotImplemented
-    if max_norm is not None or scale_grad_by_freq or sparse or isinstance(input, AdaptedWeight):
+    if sparse:  # of factors all rows have gradients: dense ones, the same numbers
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if max_norm is not None or scale_grad_by_freq or isinstance(input, AdaptedWeight):
         return NotImplemented
     if _prefers_built(weight.base, input):
         return NotImplemented
-    y = F.embedding(input, weight.base, padding_idx)  # (*, D)
+    y = gather(input, weight.base, padding_idx)  # (*, D)
     with exact(y):
         form = _gathered(weight, input, y)
         if form is None:
