@@ -355,7 +355,7 @@ def test_a_merged_weight_that_overflows(refused: Refused) -> None:
 def test_another_base(refused: Refused, cli: Cli) -> None:
     base = load_file("m.safetensors")
     others = {
-        "names": {f"model.{k}": v for k, v in base.items()},
+        "names": {f"net.{k}": v for k, v in base.items()},
         "shapes": base | {"fc1.weight": torch.ones(9, 9)},
         "values": base | {"fc1.weight": base["fc1.weight"] + 1},
         "dtypes": base | {"fc1.weight": base["fc1.weight"].half()},
@@ -378,7 +378,7 @@ def test_another_base(refused: Refused, cli: Cli) -> None:
             Path("out.safetensors").unlink()
     assert "0 of 2 targets fit" in said["names"]
     assert "In the adapter alone: fc1.weight, fc10.weight." in said["names"]
-    assert "The base has, for instance, model.fc1.weight, model.fc10.weight." in said["names"]
+    assert "The base has, for instance, net.fc1.weight, net.fc10.weight." in said["names"]
     assert "fc1.weight is (9, 9), the adapter was made on (8, 8)" in said["shapes"]
     assert "fc1.weight (values)" in said["values"]
     assert "fc1.weight (dtype float16, not float32)" in said["dtypes"]

@@ -44,12 +44,15 @@ def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
 # --- 21: signals ------------------------------------------------------------------------------
 
 SLOW = """
-import sys, time
+import threading, time
 from lora_param.checkpoint.merging import Merging
-def slow(self, name, W):
-    print("midway", flush=True)
-    time.sleep(60)
-Merging.stored = slow
+merge, first = Merging.merge, threading.Lock()
+def slow(self, *arguments, **named):
+    if first.acquire(blocking=False):
+        print("midway", flush=True)
+    time.sleep(0.5)
+    return merge(self, *arguments, **named)
+Merging.merge = slow
 from lora_param.cli import main
 main()
 """
