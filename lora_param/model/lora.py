@@ -207,7 +207,7 @@ class LoRA(nn.Module):
     def update(self, W: Tensor | None = None) -> Update | Deferred:
         """ΔW as the variant makes it of these tensors; with W, also what it knows of W."""
         # each weight access passes here: no getattr
-        own, fixed = cast(dict[str, Tensor], self._parameters), self._buffers
+        own, fixed = cast("dict[str, Tensor]", self._parameters), self._buffers
         scale, strength, known = self.scale, self.strength, None
         if torch.compiler.is_compiling():
             scale = cast(float, fixed["scale_tensor"])

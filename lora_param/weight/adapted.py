@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_param.errors import ComputedWeightError, InternalError
 from lora_param.weight.base import dense, logical_dtype, logical_shape, storage_of
 from lora_param.weight.computed import Computed, protect, refuse_writes
+from lora_param.weight.private import as_plain_tensors, parse_to
 from lora_param.weight.update import Deferred, NormalForm, Update, lower_all, merge
 
 __all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "built", "implements", "lower"]
@@ -110,7 +111,7 @@ class AdaptedWeight(Computed):
         if func in _LAYOUT:
             return func(dense(args[0].base), *args[1:], **kwargs)
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with as_plain_tensors():
                 return func(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():  # which cannot trace the checks
             return func(*_build_all(args), **_build_all(kwargs))
@@ -248,7 +249,7 @@ def _to(weight: AdaptedWeight, *args: Any, **kwargs: Any) -> Any:
     """The weight itself where it is there already, as of any tensor; moved or cast it is built."""
     if "copy" in kwargs or any(isinstance(a, (bool, Tensor)) for a in args):
         return NotImplemented
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, *_ = parse_to(*args, **kwargs)
     there = device is None or torch.empty(0, device=device).device == weight.device
     return weight if there and dtype in (None, weight.dtype) else NotImplemented
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_param.weight.adapted import AdaptedWeight, lower
 from lora_param.weight.base import dense, storage_of
 from lora_param.weight.precision import autocasts, exact
+from lora_param.weight.private import transforms_active
 from lora_param.weight.update import NormalForm, Update
 
 __all__ = [
@@ -63,7 +64,7 @@ def built(value: Any) -> Any:
 
 def tracing() -> bool:
     """Operations are being recorded or transformed: only torch's own, out of place, may be used."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or transforms_active()
 
 
 def autocast(*tensors: Tensor | None) -> list[Any]:

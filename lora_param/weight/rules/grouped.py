@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import get_overridable_functions
 
 from lora_param.weight.adapted import implements
+from lora_param.weight.private import GROUPED_PRODUCTS
 from lora_param.weight.rules.common import (
     add_into,
     built,
@@ -30,10 +31,10 @@ __all__: list[str] = []
 _ALIGNMENT = 16  # bytes; what the kernel asks of every stride
 
 
-get_overridable_functions().setdefault(torch, []).append(torch._grouped_mm)
+get_overridable_functions().setdefault(torch, []).extend(GROUPED_PRODUCTS)
 
 
-@implements(F.grouped_mm, torch._grouped_mm)
+@implements(*GROUPED_PRODUCTS)
 def grouped_mm(
     mat_a: Any, mat_b: Any = None, *, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
@@ -51,12 +52,12 @@ def grouped_mm(
     if dense_is_cheaper(V, mat_a.shape[0] // max(count, 1), k, n):
         return NotImplemented
     x = built(mat_a)
-    y = F.grouped_mm(x, scaled_base(V), offs=offs, out_dtype=out_dtype)  # (S, n)
+    y = GROUPED_PRODUCTS[0](x, scaled_base(V), offs=offs, out_dtype=out_dtype)  # (S, n)
     for u in V.updates:
         A, B = factors(u, x.dtype)
         fill = -A.shape[-2] % (_ALIGNMENT // x.element_size())
         if fill:
             A, B = F.pad(A, (0, 0, 0, fill)), F.pad(B, (0, fill))
-        h = F.grouped_mm(part_of_input(x, u, -1), B, offs=offs)  # (S, r)
-        y = add_into(y, F.grouped_mm(h, A, offs=offs), u.scale, None, -1)  # (S, n)
+        h = GROUPED_PRODUCTS[0](part_of_input(x, u, -1), B, offs=offs)  # (S, r)
+        y = add_into(y, GROUPED_PRODUCTS[0](h, A, offs=offs), u.scale, None, -1)  # (S, n)
     return y
