@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from lora_param.api import stats as stats
     from lora_param.api_files import apply_checkpoint as apply_checkpoint
     from lora_param.api_files import bake_checkpoint as bake_checkpoint
+    from lora_param.arithmetic.combine import combine as combine
+    from lora_param.arithmetic.combine import resize as resize
+    from lora_param.arithmetic.diff import Diff as Diff
+    from lora_param.arithmetic.diff import diff as diff
+    from lora_param.arithmetic.extract import ExtractReport as ExtractReport
+    from lora_param.arithmetic.extract import extract as extract
     from lora_param.checkpoint.bake import BakeReport as BakeReport
     from lora_param.consumers.check import check as check
     from lora_param.consumers.verdict import Verdict as Verdict
@@ -59,6 +65,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "adapter",
     "BakeReport": "checkpoint.bake",
+    "Diff": "arithmetic.diff",
+    "ExtractReport": "arithmetic.extract",
     "LoRA": "model.lora",
     "LoraParamError": "errors",
     "Plan": "targets.plan",
@@ -74,9 +82,12 @@ _HOMES = {
     "base_state_dict": "model.state",
     "cached": "model.switching",
     "check": "consumers.check",
+    "combine": "arithmetic.combine",
+    "diff": "arithmetic.diff",
     "disable": "api",
     "disabled": "model.switching",
     "enable": "api",
+    "extract": "arithmetic.extract",
     "get_adapter": "model.record",
     "load": "api",
     "merged_state_dict": "model.state",
@@ -85,6 +96,7 @@ _HOMES = {
     "plan": "api",
     "read_adapter": "formats",
     "remove": "model.adapters",
+    "resize": "arithmetic.combine",
     "save": "api",
     "save_pretrained": "api",
     "set_scale": "model.switching",

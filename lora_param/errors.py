@@ -14,6 +14,7 @@
     │   │   └── TiedWeightsError      one side of a tied pair
     │   ├── ModelError                a live model in the wrong state
     │   │   ├── ComputedWeightError   writing into a weight that is computed
+    │   │   ├── BelowAutogradError    an operation that would lose the factors' gradients
     │   │   ├── ChainError            another parametrization stands on an adapted weight
     │   │   ├── DependentUpdateError  baking one adapter would change what another adds
     │   │   ├── DuplicateTargetError  two LoRAs of one adapter on the same part of a weight
@@ -30,6 +31,8 @@
     │   │   ├── FingerprintError      same names and shapes, another base
     │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
+    │   │   ├── NoDifferenceError     two checkpoints between which no adapter leads
+    │   │   ├── VariantError          an operation that this variant does not allow
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
     │   ├── NameRuleError             a line that is no rule between names
     │   ├── MissingPackageError       a package that only this needs
@@ -52,6 +55,7 @@ from collections.abc import Iterable, Mapping, Sequence
 __all__ = [
     "AdapterError",
     "AdapterExistsError",
+    "BelowAutogradError",
     "BrokenFileError",
     "ChainError",
     "ComputedWeightError",
@@ -68,6 +72,7 @@ __all__ = [
     "ModelError",
     "NameRuleError",
     "NoAdapterError",
+    "NoDifferenceError",
     "NoMatchError",
     "NonFiniteError",
     "NoneSuitableError",
@@ -88,6 +93,7 @@ __all__ = [
     "UnsafePickleError",
     "UnsuitableWeightError",
     "UserError",
+    "VariantError",
     "VerificationError",
     "WrappedModelError",
 ]
@@ -100,8 +106,25 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def escaped(text: str) -> str:
+    """The text with what would steer a terminal written out: it may be the name of a file.
+
+    That is every control character, the marks that turn the direction of writing, and lone
+    surrogates.
+
+    >>> escaped("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class LoraParamError(Exception):
     """Root of every exception of this package; catch it to catch them all."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))
 
 
 class InternalError(LoraParamError):
@@ -252,6 +275,19 @@ class ComputedWeightError(ModelError, NotImplementedError):
             f"{operation} writes into an adapted weight, which is computed as W + scale·(B @ A): "
             "the change would be lost. Write to the base (module.parametrizations.<name>.original) "
             "or to the factors, or call lora_param.bake(model) or lora_param.remove(model) first."
+        )
+
+
+class BelowAutogradError(ModelError):
+    """An operation that takes an adapted weight below autograd, which would lose gradients."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            f"{operation} was given an adapted weight in a way that would lose the gradients of "
+            "its factors (jagged tensors, torch.vmap and torch.func.grad over the weight do that). "
+            "Use weight.clone(), which is W + ΔW as a plain tensor with gradients, run the model "
+            "within torch.nn.utils.parametrize.cached(), which reads every weight so, or use "
+            "torch.no_grad() where no gradient is needed."
         )
 
 
@@ -411,7 +447,8 @@ class MismatchError(AdapterError):
     def beside(self, nearest: Sequence[str]) -> MismatchError:
         """The same error, which also names what the base has instead."""
         has = f"The base has, for instance, {listed(nearest)}." if nearest else ""
-        self.args = (f"{self.args[0]} {has or 'The base has no weight that LoRA could adapt.'}",)
+        told = f"{self.args[0]} {has or 'The base has no weight that LoRA could adapt.'}"
+        self.args = (escaped(told),)
         return self
 
 
@@ -442,6 +479,24 @@ class ResumeError(AdapterError):
             f"the state dict goes on from another base: the frozen weight of {name} has the "
             f"fingerprint {there!r} there and {here!r} here. Load the base that it was trained on, "
             f"apply the adapter, then resume."
+        )
+
+
+class NoDifferenceError(AdapterError):
+    """Two checkpoints between which no adapter leads."""
+
+    def __init__(self, tuned: str, base: str, others: Sequence[str]) -> None:
+        rest = f"; what differs is {listed(others)}" if others else ""
+        super().__init__(f"no matrix of {tuned} differs from {base}{rest}. Nothing was written.")
+
+
+class VariantError(AdapterError):
+    """An operation on updates of another form than it knows."""
+
+    def __init__(self, what: str, adapter: str, key: str, variant: str) -> None:
+        super().__init__(
+            f"{what} works on updates of the form scale·(B @ A); {key} of {adapter} is {variant}. "
+            f"Bake it, and extract the difference."
         )
 
 

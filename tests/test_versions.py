@@ -1,4 +1,4 @@
-"""The versions of torch and Python that are asked for, and those that the README says are tested."""
+"""The versions of torch and Python that are asked for, and those that are tested."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from versions import README, Row, row, updated
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 TESTED = re.findall(r"^\| (\d[\d.]+) \| (3\.\d+) \| \d+ \| (\d+) \|", README.read_text(), re.M)
-TABLE = "before <!-- versions: x -->\n| a |\n|---|\n| 2.9.0 | 3.11 | 1 | 0 | 0 | then |\n<!-- /versions -->"
+ROW = "| 2.9.0 | 3.11 | 1 | 0 | 0 | then |"
+TABLE = f"before <!-- versions: x -->\n| a |\n|---|\n{ROW}\n<!-- /versions -->"
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -45,9 +46,7 @@ def test_no_tested_version_fails() -> None:
 
 
 def test_a_report_becomes_a_row() -> None:
-    junit = (
-        '<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10"/></testsuites>'
-    )
+    junit = '<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10"/></testsuites>'
     assert row("2.9.1+cpu", "3.12.1", junit)[:5] == ("2.9.1", "3.12", 4, 3, 3)
 
 

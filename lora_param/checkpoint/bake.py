@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -25,6 +25,7 @@ from lora_param.checkpoint.reread import verify_directory, verify_file
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
 from lora_param.errors import FileError, OptionError, OutputError, UnchangedError
+from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output, replace_directory, replace_file
 from lora_param.printing import Printed
 
@@ -185,13 +186,16 @@ def bake_adapters(
     dtype = parse_dtype(options.dtype)
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
-    with closing(open_checkpoint(base, options.key)) as checkpoint:
+    with (
+        _held(base) if options.in_place else nullcontext() as state,
+        closing(open_checkpoint(base, options.key)) as checkpoint,
+    ):
         place = _place(checkpoint, base, out, options.in_place)
         _check_place(checkpoint, adapters, place, options)
         merging = plan_merging(
             checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
         )
-        files, size = _write(merging, place, options)
+        files, size = _write(merging, place, options, state)
         rows = [merging.rows[id(p.adapter), p.key] for p in merging.targets]
         dead = [
             a.name
@@ -210,6 +214,12 @@ def bake_adapters(
             options.verify,
             tuple(_notes(checkpoint, rows)),
         )
+
+
+def _held(base: Path_) -> AbstractContextManager[State | None]:
+    """The lock of what is read and replaced in place: a second bake of it waits for the first."""
+    path = Path(base)
+    return locked(path.parent if path.name.endswith(".index.json") else path)
 
 
 def _place(checkpoint: Checkpoint, base: Path_, out: Path_ | None, in_place: bool) -> Path:
@@ -277,7 +287,9 @@ def _check_replaceable(directory: Path) -> None:
         ) from None
 
 
-def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[str], int]:
+def _write(
+    merging: Merging, place: Path, options: BakeOptions, replaces: State | None
+) -> tuple[list[str], int]:
     """Write the result; its files' names and their size together."""
     base, progress = merging.base, options.progress
     force, sync = options.force or options.in_place, options.sync
@@ -290,7 +302,7 @@ def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[st
             progress(min(done, total), total, name)
 
     if isinstance(base, DirectoryCheckpoint):
-        with replace_directory(place, force=force, sync=sync) as temporary:
+        with replace_directory(place, force=force, sync=sync, replaces=replaces) as temporary:
             files = write_directory(merging, base, temporary, tick)
             if options.require_change:
                 _check_change(merging)
@@ -299,7 +311,7 @@ def _write(merging: Merging, place: Path, options: BakeOptions) -> tuple[list[st
                 verify_directory(merging, base, temporary, tick)
     else:
         files = [place.name]
-        with replace_file(place, force=force, sync=sync) as file:
+        with replace_file(place, force=force, sync=sync, replaces=replaces) as file:
             if isinstance(base, ModuleCheckpoint):
                 write_state_dict(merging, base.state_dict, place, file, tick)
             else:

@@ -6,7 +6,7 @@ import difflib
 
 from lora_param.adapter import Adapter, check_fit
 from lora_param.checkpoint.base import Checkpoint
-from lora_param.errors import MismatchError
+from lora_param.errors import MismatchError, UnsuitableWeightError
 
 __all__ = ["check_checkpoint"]
 
@@ -17,10 +17,14 @@ def check_checkpoint(adapter: Adapter, base: Checkpoint, *, check_fingerprint: b
     """Check that every target has its weight in the checkpoint; reads sampled elements alone.
 
     Raises:
+        UnsuitableWeightError: a weight that LoRA cannot adapt: complex, integer, sparse, quantized.
         MismatchError: a name that the base lacks, or a shape that differs; both sides are named.
         FingerprintError: the base holds other values than the one the adapter was made on.
     """
     names = [n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart)]
+    for name in names:
+        if name in base and (reason := base.weights[name].unsuitable):
+            raise UnsuitableWeightError(name, reason)
     try:
         check_fit(
             adapter, base.fingerprint(names), str(base.path), check_fingerprint=check_fingerprint

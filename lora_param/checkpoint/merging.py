@@ -112,10 +112,11 @@ class Merging:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def stored_as(self, W: Tensor) -> torch.dtype:
-        """What a tensor is stored as; a sparse one, which is no weight, as it is."""
+        """What a tensor is stored as; a sparse or nested one, which is no weight, as it is."""
         import torch
 
-        return self.stored_dtype(W.dtype) if W.layout == torch.strided else W.dtype
+        dense = W.layout == torch.strided and not W.is_nested
+        return self.stored_dtype(W.dtype) if dense else W.dtype
 
     def stored(self, name: str, W: Tensor) -> Tensor:
         """What is to be stored for an entry: W + ΔW in fp32, rounded once; or W, cast if asked.

@@ -235,4 +235,5 @@ def _cast_json(merging: Merging, base: DirectoryCheckpoint, out: Path) -> None:
 
 def _dump_json(value: Mapping[str, Any], path: Path) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    # A lone surrogate, which JSON can spell and UTF-8 can't, is written as it was: \ud800.
+    path.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import pickletools
-import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_param.checkpoint.base import Checkpoint, packed_reason
 from lora_param.errors import (
     BrokenFileError,
+    FileError,
     MissingFileError,
     OptionError,
     UnknownFileError,
@@ -52,7 +54,6 @@ _PREFERRED = (
 )
 _OPTIMIZER_KEYS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq", "square_avg"}
 _MAX_DEPTH = 4
-_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 class PickleCheckpoint(Checkpoint):
@@ -120,46 +121,46 @@ def load_pickle(path: Path) -> Any:
         zipped = is_zip(path)
         if path.stat().st_size == 0:
             raise BrokenFileError(path, "it is empty")
-        if zipped:
-            _refuse_torchscript(path)
-        with warnings.catch_warnings():
-            # About pickle protocols other than torch's own, which it then reads or refuses.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            # About sparse and quantized tensors, which it makes by its own older means.
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise MissingFileError(path, "a file written by torch.save") from None
-    except (BrokenFileError, UnknownFileError):
+    except FileError:
         raise
-    except pickle.UnpicklingError as error:
-        needs = _GLOBAL.findall(str(error))
-        if not needs and "Unsupported class" in str(error):
-            needs = [str(error).rpartition("Unsupported class")[2].split("\n")[0].strip()]
-        needs = needs or _plain_pickle_globals(path)
-        if needs:
-            raise UnsafePickleError(path, f"it needs {needs[0].rstrip('.,')}") from None
-        raise BrokenFileError(path, "it is no file of torch.save, or is damaged") from None
     except OSError as error:
         raise BrokenFileError(path, error.strerror or str(error)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    if zipped:
+        _check_archive(path)
+    try:
+        with warnings.catch_warnings():
+            # Of pickle protocols, sparse and quantized tensors, storages read by older means: what
+            # torch then makes of them is checked like the rest.
+            warnings.simplefilter("ignore")
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError:
+        needs = _unsafe_globals(path, zipped)
+        if needs:
+            raise UnsafePickleError(path, f"it needs {needs[0]}") from None
+        raise BrokenFileError(path, "it is no file of torch.save, or is damaged") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).split("\n")[0].strip() or type(error).__name__
-        if isinstance(error, KeyError | IndexError):  # of the unpickler's own tables
-            reason = "it is no file of torch.save, or is damaged"
-        else:
-            reason = f"it is truncated or damaged ({reason[:160]})"
-        raise BrokenFileError(path, reason) from None
-    except (AttributeError, TypeError, AssertionError, UnicodeError, MemoryError) as error:
-        # What the unpickler makes of bytes that are no pickle depends on the bytes.
+        raise BrokenFileError(path, f"it is truncated or damaged ({reason[:160]})") from None
+    except Exception as error:
+        # The unpickler does what the bytes say, on values of any type: what it trips over in bytes
+        # that are damaged can be any exception that Python has.
         raise BrokenFileError(path, f"it is damaged ({type(error).__name__})") from None
 
 
-def _refuse_torchscript(path: Path) -> None:
+def _check_archive(path: Path) -> None:
+    """A whole zip archive of torch.save, of no more bytes than the file has.
+
+    torch.save compresses nothing: a record that is inflated may take all memory, and the data of a
+    tensor would be read as they lie in the file.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise BrokenFileError(path, f"it is a truncated or damaged zip archive ({error})") from None
+    names = [record.filename for record in records]
     if any(name.endswith("/constants.pkl") for name in names):
         raise UnknownFileError(
             path,
@@ -168,6 +169,49 @@ def _refuse_torchscript(path: Path) -> None:
         )
     if not any(name.endswith("/data.pkl") for name in names):
         raise UnknownFileError(path, "a zip archive of another kind", "a file of torch.save")
+    size = path.stat().st_size
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
+            raise BrokenFileError(
+                path,
+                f"its record {record.filename} is compressed, to {record.compress_size:,} bytes of "
+                f"{record.file_size:,}, as torch.save never does",
+            )
+
+
+def _unsafe_globals(path: Path, zipped: bool) -> list[str]:
+    """What a file needs that is not allowed, as far as its opcodes can be read; [] if they can't.
+
+    torch looks into archives of its own alone, so that the pickle of an older file is shown to it
+    in such a one. Of pickles that torch does not write, every global is listed.
+    """
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    source: Any = path
+    try:
+        if not zipped:
+            source = io.BytesIO()
+            with zipfile.ZipFile(source, "w") as archive:
+                archive.writestr("archive/data.pkl", _last_pickle(path))
+                archive.writestr("archive/version", "3")
+            source.seek(0)
+        return sorted(get_unsafe_globals_in_checkpoint(source))
+    except Exception:  # of damaged bytes, see load_pickle
+        return _plain_pickle_globals(path)
+
+
+def _last_pickle(path: Path) -> bytes:
+    """Of the pickles in which torch.save wrote a file before 1.6, the fourth: the content."""
+    with path.open("rb") as file:
+        for _ in range(3):
+            for _ in pickletools.genops(file):
+                pass
+        start = file.tell()
+        for _ in pickletools.genops(file):
+            pass
+        stop = file.tell()
+        file.seek(start)
+        return file.read(stop - start)
 
 
 def _plain_pickle_globals(path: Path) -> list[str]:
@@ -183,7 +227,7 @@ def _plain_pickle_globals(path: Path) -> list[str]:
                     found.append(".".join(texts[-2:]))
                 elif isinstance(argument, str):
                     texts.append(argument)
-    except (ValueError, UnicodeError, IndexError, OSError, OverflowError):
+    except (ValueError, UnicodeError, IndexError, OSError, OverflowError, struct.error):
         return []
     return found
 
@@ -199,21 +243,33 @@ def describe_tensors(state_dict: Mapping[str, Any]) -> dict[str, Weight]:
     return {
         name: Weight(
             name,
-            tuple(tensor.shape),
+            (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
             tied=tuple(n for n in groups[tie_of(tensor) or name] if n != name),
-            packed=packed_reason(name, tensors)
-            or (f"quantized, of dtype {tensor.dtype}" if tensor.is_quantized else ""),
+            packed=packed_reason(name, tensors) or _layout_reason(tensor),
         )
         for name, tensor in tensors.items()
     }
+
+
+def _layout_reason(tensor: torch.Tensor) -> str:
+    """Why a tensor is no dense block of numbers, or ""."""
+    import torch
+
+    if tensor.is_quantized:
+        return f"quantized, of dtype {tensor.dtype}"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"sparse, of layout {tensor.layout}"
+    return ""
 
 
 def tie_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """What two tensors share if they are one under two names; None where nothing can be shared."""
     import torch
 
-    if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.is_meta:
+    if tensor.is_nested or tensor.layout != torch.strided or not tensor.numel() or tensor.is_meta:
         return None
     return (
         tensor.untyped_storage().data_ptr(),
@@ -229,27 +285,32 @@ def find_state_dicts(content: object) -> dict[tuple[str, ...], Mapping[str, Any]
 
     A state dict maps texts to values that are mostly tensors. Optimizer states are none.
     """
-    found: dict[tuple[str, ...], Mapping[str, Any]] = {}
-    _search(content, (), found)
-    return found
+    return _search(content, (), {})
 
 
 def _search(
-    value: object, path: tuple[str, ...], found: dict[tuple[str, ...], Mapping[str, Any]]
-) -> None:
+    value: object, path: tuple[str, ...], seen: dict[int, bool]
+) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    """State dicts in a value at a path.
+
+    Each mapping is entered once, for a file can hold one in many places, and in itself. `seen`
+    tells by its id whether it is a state dict, which is then found in each place.
+    """
     if not isinstance(value, Mapping) or len(path) > _MAX_DEPTH or _is_optimizer(value, path):
-        return
-    before = len(found)
+        return {}
+    if id(value) in seen:
+        return {path: value} if seen[id(value)] else {}
+    seen[id(value)] = False
+    inner: dict[tuple[str, ...], Mapping[str, Any]] = {}
     for name, item in value.items():
         if isinstance(name, str):
-            _search(item, (*path, name), found)
-    inner = list(found)[before:]
+            inner |= _search(item, (*path, name), seen)
     # A state dict may keep a module's extra state as a mapping; a checkpoint may keep a few loose
     # tensors beside its state dict. What the mapping is called tells them apart.
     if _is_state_dict(value) and not any(p[len(path)] in _PREFERRED for p in inner):
-        for nested in inner:
-            del found[nested]
-        found[path] = value
+        seen[id(value)] = True
+        return {path: value}
+    return inner
 
 
 def _is_state_dict(value: Mapping[Any, Any]) -> bool:

@@ -151,6 +151,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(mapping, dict) or not mapping:
         raise BrokenFileError(path, "it has no 'weight_map' from tensors to shards")
     for tensor, shard in mapping.items():
+        if not _is_text(tensor):
+            raise BrokenFileError(path, f"it lists {tensor!r}, which is no Unicode text")
         if not isinstance(shard, str) or not shard:
             raise BrokenFileError(path, f"it gives {tensor} a shard that is no file name")
     for shard in dict.fromkeys(mapping.values()):
@@ -162,9 +164,23 @@ def read_index(path: Path) -> dict[str, str]:
             )
         if posix.suffix not in _SINGLE:
             raise BrokenFileError(path, f"it names the shard {shard!r}, which is no weights file")
-        if not (path.parent / shard).is_file():
+        try:
+            found = (path.parent / shard).is_file()
+        except OSError as error:  # a name too long
+            why = error.strerror
+            raise BrokenFileError(path, f"it names the shard {shard!r:.80} ({why})") from None
+        if not found:
             raise BrokenFileError(path, f"it names the shard {shard!r}, which is missing")
     return mapping
+
+
+def _is_text(name: str) -> bool:
+    """JSON can spell lone surrogates, which no file and no terminal can."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_json(path: Path) -> dict[str, Any]:

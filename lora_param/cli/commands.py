@@ -10,8 +10,20 @@ from typing import Annotated, Any
 import typer
 
 import lora_param as lp
-from lora_param.cli.terminal import progress_bar, show, show_json
-from lora_param.errors import OptionError
+from lora_param.cli.arithmetic import COMMANDS
+from lora_param.cli.options import (
+    MODEL,
+    AdapterFile,
+    AnyBase,
+    Force,
+    Json,
+    Key,
+    Model,
+    NoSync,
+    Targets,
+    weighted,
+)
+from lora_param.cli.terminal import Command, Group, progress_bar, show, show_json
 from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
@@ -19,37 +31,12 @@ __all__ = ["app"]
 app = typer.Typer(
     name="lora-param",
     help="LoRA for any weight of any PyTorch model or checkpoint.",
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Targets, formats and the library: see the README.",
 )
-
-_MODEL = (
-    "A .safetensors, .pt, .pth, .bin or .ckpt file, a directory of them, "
-    "or python:package.module:callable."
-)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
-AdapterFile = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="An adapter file.", show_default=False)
-]
-Targets = Annotated[
-    list[str] | None,
-    typer.Option("-t", "--target", metavar="PATTERN", help="Weights to choose; may be repeated."),
-]
-Key = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Which nested state dict of a pickled checkpoint."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk: faster.")]
-AnyBase = Annotated[
-    bool,
-    typer.Option("--ignore-fingerprint", help="Accept a base with other values or dtypes."),
-]
 
 
 def _version(value: bool) -> None:
@@ -90,7 +77,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@app.command()
+@app.command(cls=Command)
 @_with_settings
 def apply(
     model: Model,
@@ -148,12 +135,12 @@ def apply(
         show(f"Wrote {output}.")
 
 
-@app.command()
+@app.command(cls=Command)
 def stats(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|ADAPTER", help=f"{_MODEL} Or an adapter file.", show_default=False
+            metavar="MODEL|ADAPTER", help=f"{MODEL} Or an adapter file.", show_default=False
         ),
     ],
     adapter: Annotated[
@@ -203,7 +190,7 @@ def stats(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 def enable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> None:
     """Enable targets of an adapter file, in place; all of them without -t.
 
@@ -212,7 +199,7 @@ def enable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> 
     _toggle(adapter, target, True, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def disable(adapter: AdapterFile, target: Targets = None, json: Json = False) -> None:
     """Disable targets of an adapter file, in place; all of them without -t.
 
@@ -239,7 +226,7 @@ def _toggle(adapter: Path, target: list[str] | None, enabled: bool, json: bool) 
         show(f"{adapter}: {on} of {len(targets)} targets enabled, {len(targets) - on} disabled.")
 
 
-@app.command()
+@app.command(cls=Command)
 def bake(
     model: Model,
     adapters: Annotated[
@@ -278,7 +265,7 @@ def bake(
     with progress_bar("Baking", quiet=json) as progress:
         report = lp.bake_checkpoint(
             model,
-            [_weighted(text) for text in adapters],
+            [weighted(text) for text in adapters],
             output,
             dtype=dtype,
             key=key,
@@ -296,20 +283,7 @@ def bake(
     show(report)
 
 
-def _weighted(text: str) -> tuple[str, float]:
-    """`ADAPTER=WEIGHT`; a name with an equals sign in it stays whole if such a file exists."""
-    path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        if not Path(path).exists():  # an adapter whose name has an equals sign in it
-            return text, 1.0
-        raise OptionError(f"the weight of {path}", weight, "a number, as in ADAPTER=0.5") from None
-
-
-@app.command()
+@app.command(cls=Command)
 def check(
     adapter: Annotated[
         Path,
@@ -350,7 +324,11 @@ def check(
         raise typer.Exit(1 if found.worst == "refused" else 3)
 
 
-@app.command()
+for _command in COMMANDS:
+    app.command(cls=Command)(_command)
+
+
+@app.command(cls=Command)
 def demo(
     folder: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Where to leave its files.")

@@ -292,7 +292,13 @@ def encode_header(
         if name == "__metadata__":
             raise OutputError(path, "safetensors cannot hold a tensor named '__metadata__'")
         tree[name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": (e.start, e.stop)}
-    text = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        text = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        name = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise OutputError(
+            path, f"safetensors cannot hold {name!r}: it is no Unicode text"
+        ) from None
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise OutputError(

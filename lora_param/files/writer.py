@@ -1,30 +1,39 @@
 """Output that is there whole or not at all: written beside its place, then renamed into it.
 
 A reader, a crash, a full disk or a killed process sees the old file (or directory) or the new one.
-What a killed process leaves behind is a hidden `.NAME.XXXXXXXX.tmp` in the same directory.
+What a killed process leaves behind is a hidden `.NAME.MACHINE.XXXXXXXX.tmp` in the same directory;
+its lock is gone with the process, and so the next write to the same place removes it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
+import platform
+import re
 import secrets
 import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
 
-from lora_param.errors import BrokenFileError, FileError, OutputError
+from lora_param.errors import BrokenFileError, FileError, OutputError, escaped
+from lora_param.files.locks import HAS_LOCKS, State, is_at, locked, release, state_of, take
 
 __all__ = ["check_output", "copy_range", "replace_directory", "replace_file"]
 
 _CHUNK = 1 << 25
+_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_LONGEST = 200  # bytes of a name in that of its temporary: file systems take 255 in all
+_EXISTS = "it exists; replace it with force=True (--force)"
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool = False) -> Path:
@@ -39,15 +48,19 @@ def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool =
         OutputError: it exists (without force), is a directory where a file is to be written or
             the reverse, or the directory that would hold it is missing or not writable.
     """
-    real = Path(os.path.realpath(path))
-    if real.exists():
+    try:
+        real = Path(os.path.realpath(path))
+        exists = real.exists()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
+        raise OutputError(path, getattr(error, "strerror", None) or str(error)) from None
+    if exists:
         if real.is_dir() != directory:
             wanted = "a directory" if directory else "a file"
             raise OutputError(path, f"it is not {wanted}, and {wanted} is what would be written")
         if not directory and not real.is_file():
             raise OutputError(path, "it is not a regular file")
         if not force:
-            raise OutputError(path, "it exists; replace it with force=True (--force)")
+            raise OutputError(path, _EXISTS)
     parent = real.parent
     if not parent.is_dir():
         wrong = "is not a directory" if parent.exists() else "does not exist"
@@ -60,7 +73,11 @@ def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool =
 
 @contextmanager
 def replace_file(
-    path: str | os.PathLike[str], *, force: bool = False, sync: bool = True
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    sync: bool = True,
+    replaces: State | None = None,
 ) -> Iterator[IO[bytes]]:
     """An open binary file that takes the place of `path` when the block ends without exception.
 
@@ -68,82 +85,226 @@ def replace_file(
 
     Args:
         path: where it goes; a symbolic link is followed.
-        force: replace a file that exists.
+        force: replace a file that exists. Without it, one that appears meanwhile is kept as well.
         sync: have the data on the disk before the name shows them.
+        replaces: the state of the file that was read to write this one, from `locked`, whose
+            block this is in: another is not replaced.
 
     Raises:
         OutputError: see `check_output`; or the writing failed, for want of space for one.
     """
     real = check_output(path, force=force)
-    temporary = _beside(real)
-    with _cleaned(path, temporary):
-        with temporary.open("x+b") as file:
-            if real.exists():
-                temporary.chmod(stat.S_IMODE(real.stat().st_mode))
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        temporary.replace(real)
+    _remove_stale(real)
+    with _cleaned(path, _beside(real)) as temporary, _opened(temporary) as file:
+        if real.exists():
+            temporary.chmod(stat.S_IMODE(real.stat().st_mode))
+        yield file
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+        if not HAS_LOCKS:
+            file.close()  # such a system renames no open file
+        with locked(real) if replaces is None else nullcontext():
+            _check_state(path, real, replaces)
+            if force:
+                temporary.replace(real)
+            else:
+                _rename_new(temporary, real)
         if sync:
             _sync_directory(real.parent)
 
 
 @contextmanager
 def replace_directory(
-    path: str | os.PathLike[str], *, force: bool = False, sync: bool = True
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    sync: bool = True,
+    replaces: State | None = None,
 ) -> Iterator[Path]:
     """An empty directory that takes the place of `path` when the block ends without exception.
 
     A directory that is replaced is exchanged in one step where the system can (Linux), else moved
-    aside first and moved back should the second step fail; then it is deleted.
+    aside first and moved back should the second step fail; then it is deleted. A process killed
+    between these two steps leaves the old one as a hidden `.NAME.….old`, which nobody deletes.
+
+    Args:
+        path, force, sync, replaces: as for `replace_file`.
 
     Raises:
         OutputError: see `check_output`; or the writing failed.
     """
     real = check_output(path, force=force, directory=True)
-    temporary = _beside(real)
-    with _cleaned(path, temporary):
-        temporary.mkdir()
+    _remove_stale(real)
+    with _cleaned(path, _beside(real)) as temporary, _made(temporary):
         yield temporary
         if real.exists():
             temporary.chmod(stat.S_IMODE(real.stat().st_mode))
         if sync:
             _sync_tree(temporary)
-        if real.exists():
-            _exchange(temporary, real)
-        else:
-            temporary.rename(real)
+        with locked(real) if replaces is None else nullcontext():
+            _check_state(path, real, replaces)
+            if force and real.exists():
+                _exchange(temporary, real)
+            else:
+                _rename_new(temporary, real)
         if sync:
             _sync_directory(real.parent)
 
 
-def _beside(real: Path) -> Path:
-    # The name is cut so that a long one stays within what file systems take.
-    return real.with_name(f".{real.name[:200]}.{secrets.token_hex(4)}.tmp")
+def _check_state(path: object, real: Path, replaces: State | None) -> None:
+    if replaces is not None and state_of(real) != replaces:
+        raise OutputError(path, "another process changed it meanwhile; try again")
+
+
+# --- temporaries ------------------------------------------------------------------------------
+
+
+@cache
+def _machine() -> tuple[str, str]:
+    """Marks of this run of the system and of this machine's name.
+
+    A lock tells a living process from a dead one where both are of one system: containers of one
+    run share its mark, one machine before and after a crash shares its name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        boot = b""
+    return tuple(  # type: ignore[return-value]
+        hashlib.sha256(b"lora_param" + mark).hexdigest()[:6]
+        for mark in (boot, os.fsencode(platform.node()))
+    )
+
+
+def _prefix(real: Path) -> str:
+    name = real.name
+    while len(os.fsencode(name)) > _LONGEST:
+        name = name[:-1]
+    return f".{name}."
+
+
+def _beside(real: Path, end: str = "tmp") -> Path:
+    return real.with_name(f"{_prefix(real)}{''.join(_machine())}.{secrets.token_hex(4)}.{end}")
+
+
+def _remove_stale(real: Path) -> None:
+    """Remove what processes that were killed on this machine left of the same output.
+
+    For certain: a process that lives holds the lock of its temporary. Whatever cannot be looked
+    at, locked or removed is left alone, for it must not keep the new output from being written.
+    """
+    form = re.compile(re.escape(_prefix(real)) + r"([0-9a-f]{6})([0-9a-f]{6})\.[0-9a-f]{8}\.tmp")
+    boot, node = _machine()
+    with suppress(OSError):
+        for name in os.listdir(real.parent):  # noqa: PTH208  names alone are needed
+            found = form.fullmatch(name)
+            if found and (found[1] == boot or found[2] == node):
+                _remove_unheld(real.with_name(name))
+
+
+def _remove_unheld(temporary: Path) -> None:
+    with suppress(OSError):
+        descriptor = os.open(temporary, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            if take(descriptor) and is_at(descriptor, temporary):
+                _delete(temporary)
+        finally:
+            os.close(descriptor)
+
+
+def _delete(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _cleaned(path: object, temporary: Path) -> Iterator[None]:
+def _cleaned(path: object, temporary: Path) -> Iterator[Path]:
     """Delete what is left of the temporary output; say which output it was that failed."""
     try:
-        yield
-    except FileError:
-        raise  # already a sentence of its own, about a file that was read perhaps
+        yield temporary
+    except FileError as error:
+        # A sentence of its own, which may know the output under its temporary name alone.
+        told = str(error).replace(escaped(str(temporary)), escaped(str(path)))
+        error.args = (told,)
+        raise
     except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
+        reason = _EXISTS if isinstance(error, FileExistsError) else error.strerror
+        raise OutputError(path, reason or str(error)) from error
+    except RuntimeError as error:
+        # torch.save, closing its archive after a write that failed, says nothing of why it did.
+        if isinstance(error.__context__, OSError):
+            raise OutputError(path, str(error.__context__.strerror)) from error
+        raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _delete(temporary)
+
+
+@contextmanager
+def _opened(temporary: Path) -> Iterator[IO[bytes]]:
+    """The temporary file, new, and locked while it is open."""
+    while True:
+        with temporary.open("x+b") as file:
+            # Between the two steps, another process may have taken it for a dead one's.
+            if take(file.fileno()) is not False and is_at(file.fileno(), temporary):
+                yield file
+                if not file.closed:
+                    release(file.fileno())
+                return
+
+
+@contextmanager
+def _made(temporary: Path) -> Iterator[None]:
+    """The temporary directory, new, and locked."""
+    while True:
+        temporary.mkdir()
+        if not HAS_LOCKS:
+            yield
+            return
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # as above
+        try:
+            if take(descriptor) is not False and is_at(descriptor, temporary):
+                yield
+                release(descriptor)
+                return
+        finally:
+            os.close(descriptor)
+
+
+# --- renaming ---------------------------------------------------------------------------------
+
+
+def _rename_new(new: Path, place: Path) -> None:
+    """Rename, and never onto what is there already, though it came a moment ago.
+
+    Raises:
+        FileExistsError: something is there.
+    """
+    if _renameat2(new, place, _RENAME_NOREPLACE):
+        return
+    if not new.is_dir():
+        try:
+            os.link(new, place)  # the temporary name goes when it is cleaned
+            return
+        except FileExistsError:
+            raise
+        except OSError:
+            pass  # a file system without links
+    if place.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+    new.rename(place)
 
 
 def _exchange(new: Path, old: Path) -> None:
     """Swap two directories, in one step where the system has one."""
-    if sys.platform == "linux" and _rename_exchange(new, old):
+    if _renameat2(new, old, _RENAME_EXCHANGE):
         return
-    aside = _beside(old)
+    aside = _beside(old, "old")
     old.rename(aside)
     try:
         new.rename(old)
@@ -153,13 +314,15 @@ def _exchange(new: Path, old: Path) -> None:
     aside.rename(new)
 
 
-def _rename_exchange(a: Path, b: Path) -> bool:
-    """renameat2(2) with RENAME_EXCHANGE; False where the kernel or file system has none."""
+def _renameat2(a: Path, b: Path, flags: int) -> bool:
+    """renameat2(2) with flags; False where the kernel or file system has none."""
+    if sys.platform != "linux":
+        return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
     rename.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), flags) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):

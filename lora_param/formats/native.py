@@ -31,6 +31,7 @@ from typing import Any
 from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.errors import BrokenFileError, OutputError, UnknownFileError, UserError
 from lora_param.files.header import Header, encode_header, read_header
+from lora_param.files.locks import locked
 from lora_param.files.safetensors import (
     NAMES,
     SafetensorsFile,
@@ -278,16 +279,20 @@ def toggle(
     path: Path, enabled: bool, patterns: str | Iterable[str] | None, *, sync: bool = True
 ) -> list[str]:
     """See `lora_param.formats.toggle_file`."""
-    adapter = _read(path)
-    chosen = match_targets(adapter.weights(), patterns)
-    if all(adapter.targets[key].enabled == enabled for key in chosen):
-        return chosen
-    targets = adapter.targets | {k: replace(adapter.targets[k], enabled=enabled) for k in chosen}
-    header = read_header(path)
-    metadata = _encode(replace(adapter, targets=targets))
-    with path.open("rb") as source, replace_file(path, force=True, sync=sync) as file:
-        file.write(encode_header(header.entries.items(), metadata, path))
-        copy_range(source, file, header.start, header.size)
+    with locked(path) as state:  # from reading it to replacing it: no other toggle is undone
+        adapter = _read(path)
+        chosen = match_targets(adapter.weights(), patterns)
+        if all(adapter.targets[key].enabled == enabled for key in chosen):
+            return chosen
+        changed = {k: replace(adapter.targets[k], enabled=enabled) for k in chosen}
+        header = read_header(path)
+        encoded = _encode(replace(adapter, targets=adapter.targets | changed))
+        with (
+            path.open("rb") as source,
+            replace_file(path, force=True, sync=sync, replaces=state) as file,
+        ):
+            file.write(encode_header(header.entries.items(), encoded, path))
+            copy_range(source, file, header.start, header.size)
     return chosen
 
 

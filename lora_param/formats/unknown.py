@@ -38,4 +38,6 @@ def unknown_adapter(path: Path) -> UnknownFileError:
         "a model",
     )
     found = f"a file without a lora_param adapter; it looks like {what}"
-    return UnknownFileError(path, found if names else "a file without any tensor", accepted)
+    return UnknownFileError(
+        path, found if names else "a checkpoint without weights, not an adapter", accepted
+    )

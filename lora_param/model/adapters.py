@@ -46,6 +46,7 @@ __all__ = ["apply", "attach", "detach", "param_groups", "parameters", "remove"]
 Model = TypeVar("Model", bound=nn.Module)
 
 _FROZEN = "_lora_param_frozen"  # on the model given to apply: names of what it froze
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # they have kernels for evaluation
 
 
 @takes_settings
@@ -189,6 +190,7 @@ def _put_on(
     if freeze:
         _freeze(model)
     dress(model)
+    fused = {p for m in model.modules() if isinstance(m, _FUSED) for p in m.modules()}
     for target, factors in loras:
         lora = LoRA.of(target, factors, adapter)
         done: set[tuple[int, str]] = set()
@@ -196,7 +198,7 @@ def _put_on(
             owner, tensor = where[name]
             if (id(owner), tensor) not in done:
                 done.add((id(owner), tensor))
-                register_lora(owner, tensor, lora)
+                register_lora(owner, tensor, lora, fused=owner in fused)
 
 
 def _freeze(model: nn.Module) -> None:

@@ -26,11 +26,12 @@ from torch.nn.utils import parametrize
 
 from lora_param.errors import ComputedWeightError, MismatchError, ResumeError
 from lora_param.fingerprint import tensor_base_weight
-from lora_param.model.cache import kept
+from lora_param.model.cache import kept, kept_once
 from lora_param.model.lora import LoRA
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight, built
 from lora_param.weight.base import dense, storage_of
+from lora_param.weight.opaque import opaque
 
 __all__ = ["FINGERPRINT", "Site", "base_of", "chain_of", "chain_value", "fingerprint_tensor"]
 __all__ += ["first_order", "is_adapted", "is_plain_chain", "originals_of", "others_of"]
@@ -40,6 +41,7 @@ __all__ += ["unregister_loras"]
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
 FINGERPRINT = "fingerprint"  # among a weight's entries of a state dict, instead of a frozen W
 _BASE = "_lora_param_base"  # on an injected class: the class that the module had
+_FUSED = "_lora_param_fused"  # on an injected class: the module is part of one with fused kernels
 _TENSORS = "_lora_param_tensors"  # on an injected class: what is computed on it
 
 
@@ -172,8 +174,10 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
                     yield Site(name, module, tensor, item, inner)
 
 
-def register_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
+def register_lora(owner: nn.Module, tensor: str, lora: LoRA, *, fused: bool = False) -> None:
     """Register `lora` on a parameter of `owner`. The Parameter stays the same object.
+
+    `fused` says that the owner is part of a module that has fused kernels for evaluation.
 
     As `register_parametrization` does it, without what costs a build or a class for each weight:
     its check forward, since planning has already checked all that it checks, and its injected
@@ -197,7 +201,8 @@ def register_lora(owner: nn.Module, tensor: str, lora: LoRA) -> None:
     del owner._parameters[tensor]
     lists._modules[tensor] = chain if owner.training else chain.eval()
     base = getattr(type(owner), _BASE, type(owner))
-    owner.__class__ = _shared_class(base, tuple(lists._modules))
+    fused = fused or getattr(type(owner), _FUSED, False)
+    owner.__class__ = _shared_class(base, tuple(lists._modules), fused)
 
 
 def unregister_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> None:
@@ -221,7 +226,7 @@ def unregister_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> N
     del lists[tensor]
     base = getattr(type(owner), _BASE)
     if lists:
-        owner.__class__ = _shared_class(base, tuple(lists))
+        owner.__class__ = _shared_class(base, tuple(lists), getattr(type(owner), _FUSED))
     else:
         del owner._modules["parametrizations"]
         owner.__class__ = base
@@ -257,30 +262,30 @@ def replace_original(
 # --- the injected class -----------------------------------------------------------------------
 
 
-_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]] = {}
 
 
-def _shared_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
+def _shared_class(base: type[nn.Module], tensors: tuple[str, ...], fused: bool) -> type[nn.Module]:
     """The class of all modules of class `base` on which `tensors` are computed.
 
     Sharing it lets torch.compile use one graph for many like modules. But torch's own functions
     change the class of the module they are given: whoever asks a module for its
     `parametrizations`, as they all do first, gives it a class of its own.
     """
-    known = _classes.get((base, tensors))
+    known = _classes.get((base, tensors, fused))
     if known is not None:
         return known
-    cls = _classes[base, tensors] = _make_class(base, tensors)
+    cls = _classes[base, tensors, fused] = _make_class(base, tensors, fused)
 
     def get(self: nn.Module) -> nn.Module:
-        self.__class__ = _make_class(base, tensors)
+        self.__class__ = _make_class(base, tensors, fused)
         return _lists(self)
 
     cls.parametrizations = property(get)  # type: ignore[attr-defined]
     return cls
 
 
-def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
+def _make_class(base: type[nn.Module], tensors: tuple[str, ...], fused: bool) -> type[nn.Module]:
     """A class derived from `base` on which `tensors` are computed."""
 
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -288,7 +293,7 @@ def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Modu
         base._load_from_state_dict(self, state_dict, prefix, *rest)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:  # noqa: ARG001  pickle's signature
-        return _rebuild, (base, tuple(_lists(self))), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, (base, tuple(_lists(self)), fused), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if isinstance(getattr(type(self), name, None), property) and name in tensors:
@@ -297,9 +302,10 @@ def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Modu
             raise ComputedWeightError(f"assigning {name!r}")
         base.register_parameter(self, name, parameter)
 
-    namespace: dict[str, Any] = {tensor: _computed(tensor) for tensor in tensors}
+    namespace: dict[str, Any] = {tensor: _computed(tensor, fused) for tensor in tensors}
     namespace |= {
         _BASE: base,
+        _FUSED: fused,
         _TENSORS: tensors,
         "__module__": base.__module__,
         "__reduce_ex__": reduce,
@@ -331,16 +337,25 @@ def _adopt(owner: nn.Module) -> None:
     # Where they stood among the other parameters is not known: weights are made before biases.
     lists.__dict__.setdefault(_ORDER, (*tensors, *owner._parameters))
     base = cls.__dict__[_BASE] if _is_ours(owner) else cls.__bases__[0]
-    owner.__class__ = _shared_class(base, tensors)
+    owner.__class__ = _shared_class(base, tensors, getattr(cls, _FUSED, False))
 
 
 def _is_ours(module: nn.Module) -> bool:
     return _BASE in type(module).__dict__
 
 
-def _computed(tensor: str) -> property:
+def _computed(tensor: str, fused: bool) -> property:
     def get(self: nn.Module) -> Tensor:
-        return kept(self._modules["parametrizations"]._modules[tensor], _read)  # type: ignore[union-attr, arg-type]
+        chain: nn.Module = self._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr, assignment]
+        if parametrize._cache_enabled:
+            return kept_once(chain, _read, parametrize._cache)
+        return kept(chain, _read)
+
+    def get_for_kernels(self: nn.Module) -> Tensor:
+        value = get(self)
+        if self.training or not isinstance(value, AdaptedWeight) or value.requires_grad:
+            return value
+        return opaque(value)
 
     def set_(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, tensor)
@@ -350,7 +365,7 @@ def _computed(tensor: str) -> property:
             raise ComputedWeightError(f"assigning {tensor!r}")
         chain.right_inverse(value)
 
-    return property(get, set_)
+    return property(get_for_kernels if fused else get, set_)
 
 
 def _reads_as(chain: parametrize.ParametrizationList, value: Tensor) -> bool:
@@ -377,9 +392,9 @@ def _read(chain: nn.Module) -> Tensor:
     return value
 
 
-def _rebuild(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: type[nn.Module], tensors: tuple[str, ...], fused: bool = False) -> nn.Module:
     module = base.__new__(base)
-    module.__class__ = _shared_class(base, tensors)
+    module.__class__ = _shared_class(base, tensors, fused)
     return module
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lora_param.model.lora import LoRA
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import identity
+from lora_param.weight.private import transforms_active
 
-__all__ = ["keeping", "kept"]
+__all__ = ["keeping", "kept", "kept_once"]
 
 _local = threading.local()
 
@@ -56,22 +57,47 @@ def kept(chain: nn.Module, read: Callable[[nn.Module], Tensor]) -> Tensor:
     return known[1]
 
 
-def _state(chain: nn.Module) -> tuple[Any, ...] | None:
+def kept_once(
+    chain: nn.Module, read: Callable[[nn.Module], Tensor], store: dict[Any, Any]
+) -> Tensor:
+    """The weight as a plain tensor, gradients included, computed once for each gradient mode.
+
+    What `torch.nn.utils.parametrize.cached` promises, whose own `store` it is: the graph of the
+    weight is shared by all that read it. It is computed again when what it depends on has changed.
+    With dropout, which acts on an input, it stays an adapted weight, the same for all.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return read(chain)
+    state = torch.is_grad_enabled(), _state(chain, trained=True)
+    known = store.get(chain)
+    if known is None or known[0] != state:
+        value = read(chain)
+        whole = isinstance(value, AdaptedWeight) and not any(u.dropout for u in value.updates)
+        built = cast(AdaptedWeight, value).build() if whole else value
+        known = store[chain] = state, built
+    return cast(Tensor, known[1])
+
+
+def _state(chain: nn.Module, *, trained: bool = False) -> tuple[Any, ...] | None:
     """All that the built weight depends on, or None where it may not be kept.
 
     Equal states give equal weights. It is asked for at every read: no look-up by name in it.
+    Unless it may be `trained`, it is not kept where gradients or dropout ask for the factors.
     """
     W = chain._parameters.get("original")
     if W is None:
         return None
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() and not trained
     if grad and W.requires_grad:
         return None
     state: list[Any] = [torch.is_inference_mode_enabled(), id(W), *identity(W)]
     for lora in chain._modules.values():
-        if not isinstance(lora, LoRA) or (lora.dropout and lora.training):
+        if not isinstance(lora, LoRA):
             return None
-        state += (lora.enabled, lora.scale, lora.strength)
+        drops = bool(lora.dropout) and lora.training
+        if drops and not trained:
+            return None
+        state += (lora.enabled, lora.scale, lora.strength, drops)
         for t in (*lora._parameters.values(), *lora._buffers.values()):
             if t is None or t.dim() == 0:  # the scale as a tensor
                 continue

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from lora_param.checkpoint.bake import BakeReport
 from lora_param.checkpoint.merging import BakedTarget
+from lora_param.errors import escaped
 from lora_param.report import figures
 from lora_param.report.collapse import Group, collapse
 from lora_param.report.layout import View, split_common
@@ -40,7 +41,7 @@ def bake_view(report: BakeReport) -> RenderableType:
         lines = [Row(g.segments, (), len(g.items), ("disabled: the base alone",)) for g in off]
         parts += ["", TreeTable([], lines)]
     if report.notes:
-        parts += ["", *(Text(note, "yellow") for note in report.notes)]
+        parts += ["", *(Text(escaped(note), "yellow") for note in report.notes)]
     return View(parts)
 
 
@@ -71,4 +72,4 @@ def _written(report: BakeReport) -> Text:
     facts = [figures.size(report.bytes)]
     facts += [f"{len(report.files)} files"] if len(report.files) > 1 else []
     facts += ["verified"] if report.verified else []
-    return Text(str(report.path), "bold").append(f" · {' · '.join(facts)}", "not bold")
+    return Text(escaped(str(report.path)), "bold").append(f" · {' · '.join(facts)}", "not bold")

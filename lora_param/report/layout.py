@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
@@ -28,7 +29,12 @@ class View:
             if not isinstance(part, Text):
                 yield part
                 continue
-            for line in printable(part, options).wrap(console, options.max_width):
+            text = printable(part, options)
+            room = options.max_width
+            if options.overflow == "ignore":  # a line is as long as its longest word
+                room = max([room, *map(cell_len, text.plain.split())])
+            for line in text.wrap(console, room, overflow="fold"):
+                line.overflow = options.overflow
                 line.rstrip()
                 yield line
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
+from lora_param.errors import escaped
 from lora_param.report import figures
+from lora_param.report.arithmetic import compressed_view, diff_view, extract_view
 from lora_param.report.baked import bake_view
 from lora_param.report.collapse import Group, collapse
 from lora_param.report.layout import View, plain_text, remarks, share_line, split_common
@@ -22,7 +24,7 @@ from lora_param.report.verified import verification_view
 from lora_param.targets.plan import LeftOut, PatternCount, Plan, PlannedTarget
 
 __all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view", "verdict_view"]
-__all__ += ["verification_view"]
+__all__ += ["compressed_view", "diff_view", "extract_view", "verification_view"]
 
 
 # --- stats ------------------------------------------------------------------------------------
@@ -37,14 +39,14 @@ def stats_view(stats: Stats, *, weights: bool = True) -> RenderableType:
     """
     parts: list[RenderableType] = []
     if stats.source:
-        parts.append(Text(stats.source, "bold"))
-    if stats.rows or not stats.weights:
+        parts.append(Text(escaped(stats.source), "bold"))
+    if stats.rows or not weights:
         parts.append(share_line(stats.trainable, stats.base, stats.percent))
         parts += _target_parts(stats.rows)
     parts += _warnings(stats)
-    if weights and stats.weights:
+    if weights and (stats.weights or not stats.rows):
         parts += ["", *_weight_parts(stats)] if stats.rows else _weight_parts(stats)
-    parts += ["", *(Text(note, "dim") for note in stats.notes)] if stats.notes else []
+    parts += ["", *(Text(escaped(note), "dim") for note in stats.notes)] if stats.notes else []
     return View(parts)
 
 

@@ -14,6 +14,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from lora_param.errors import escaped
+
 __all__ = ["Column", "Facts", "Row", "TreeTable", "printable"]
 
 _GAP = "  "
@@ -92,8 +94,10 @@ class TreeTable:
     rows: Sequence[Row]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = options.overflow == "ignore"  # into a pipe: no name is broken
         for line, below in self._lines(options.max_width):
-            for part in _fold(line, below, options.max_width):
+            for part in [line] if whole else _fold(line, below, options.max_width):
+                part.no_wrap = whole
                 yield printable(part, options)
 
     def _lines(self, width: int) -> Iterator[tuple[Text, str]]:
@@ -184,12 +188,17 @@ class Facts:
 
 
 def printable(text: Text, options: ConsoleOptions) -> Text:
-    """The text without trailing blanks, and in ASCII where the output takes nothing else."""
+    """The text without trailing blanks, and in ASCII where the output takes nothing else.
+
+    What would steer a terminal is written out: names come from files that anyone may have made.
+    """
     text = text.copy()
+    if not text.plain.isprintable():
+        text.plain = escaped(text.plain)
     if options.ascii_only:
         text.plain = text.plain.translate(_ASCII)
     text.rstrip()
-    text.overflow = "fold"
+    text.overflow = options.overflow or "fold"
     return text
 
 
@@ -250,7 +259,7 @@ def _grow(rows: Sequence[Row]) -> _Node:
     for row in rows:
         node = root
         for segment in row.segments:
-            node = node.children.setdefault(segment, _Node())
+            node = node.children.setdefault(escaped(segment), _Node())
         node.rows.append(row)
     return root
 

@@ -2,6 +2,8 @@
 
 It equals W + Σ scale·(B @ A) for every operation. Operations with a rule (`rules.py`) work on W and
 the factors directly; any other builds the weight first. Nothing is kept beyond the object's life.
+
+It is one file, however long: all that a tensor is asked besides operations with rules.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ from copy import deepcopy
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lora_param.errors import ComputedWeightError, InternalError
+from lora_param.errors import BelowAutogradError, ComputedWeightError
 from lora_param.weight.base import dense, logical_dtype, logical_shape, storage_of
-from lora_param.weight.computed import Computed, protect, refuse_writes
-from lora_param.weight.private import as_plain_tensors, parse_to
+from lora_param.weight.computed import Computed, protect, refuse_writes, refuse_writes_below
+from lora_param.weight.private import TensorMeta, as_plain_tensors, forward_level, parse_to
 from lora_param.weight.update import Deferred, NormalForm, Update, lower_all, merge
 
-__all__ = ["RULES", "AdaptedWeight", "adapt", "adapted", "built", "implements", "lower"]
+__all__ = ["RULES", "AdaptedWeight", "EagerAdaptedWeight", "Pieces", "adapt", "adapted"]
+__all__ += ["built", "implements", "lower"]
 
 Rule = Callable[..., Any]
 
@@ -123,21 +128,54 @@ class AdaptedWeight(Computed):
         return f"AdaptedWeight({self.build()!r}, updates={len(self.updates)})"
 
 
-class _EagerAdaptedWeight(AdaptedWeight):
+class Pieces:
+    """The matrices of a stack, built of tensors at their versions, in a gradient mode."""
+
+    __slots__ = ("grad", "matrices", "versions")
+
+    def __init__(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.versions = [(t, t._version) for t in parts]
+        self.matrices = matrices
+
+    def current(self) -> Sequence[Tensor] | None:
+        """The matrices, or None where they would be others now."""
+        if torch.is_grad_enabled() is not self.grad:
+            return None
+        for t, version in self.versions:
+            if t._version != version:
+                return None
+        return self.matrices
+
+
+class _Comparable(TensorMeta):
+    """Counts parameters among the instances: `torch.testing` compares a weight with a parameter
+    only where one is an instance of the other's class."""
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return issubclass(type(instance), nn.Parameter) or super().__instancecheck__(instance)
+
+
+class EagerAdaptedWeight(AdaptedWeight, metaclass=_Comparable):
     """An `AdaptedWeight` without data, for everything but tracing."""
 
     _built: dict[bool, tuple[tuple[int, ...], Tensor]]
+    pieces: Pieces | None = None
+    """The matrices of a stack, where they have been built."""
+    reads: int = 0
+    """How many matrices of a stack have been asked for."""
 
     @staticmethod
     def __new__(
         cls, base: Tensor, updates: Sequence[Update | Deferred], alpha: Tensor | None = None
-    ) -> _EagerAdaptedWeight:
+    ) -> EagerAdaptedWeight:
+        """A tensor of W's shape, dtype and device that has no data."""
         if storage_of(base) is None:
             size, strides, dtype, layout = base.size(), base.stride(), base.dtype, base.layout
         else:
             size, strides, layout = torch.Size(logical_shape(base)), None, torch.strided
             dtype = logical_dtype(base)
-        self: _EagerAdaptedWeight = Tensor._make_wrapper_subclass(
+        self: EagerAdaptedWeight = Tensor._make_wrapper_subclass(
             cls, size, strides=strides, dtype=dtype, layout=layout, device=base.device
         )
         self.base = base
@@ -174,16 +212,30 @@ class _EagerAdaptedWeight(AdaptedWeight):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """What reaches the weight below autograd: right without gradients, refused with them."""
-        args, kwargs = _build_all(args, grad_lost=True), _build_all(kwargs or {}, grad_lost=True)
-        return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        refuse_writes_below(func, args, kwargs)
+        if _any_differentiable((args, kwargs)):
+            raise BelowAutogradError(str(func))
+        return func(*_build_all(args), **_build_all(kwargs))
+
+    def __getitem__(self, index: Any) -> Any:
+        """As any operation, but for the matrices of a stack that are there already."""
+        if self.pieces is not None and (
+            type(index) is int
+            or (type(index) is Tensor and index.dtype is torch.int64 and not index.dim())
+        ):
+            matrices = self.pieces.current()
+            if matrices is not None:
+                return matrices[int(index)]
+        return super().__getitem__(index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedWeight:
         base, updates, alpha = deepcopy((self.base, self.updates, self.alpha), memo)
-        copy = memo[id(self)] = _EagerAdaptedWeight(base, updates, alpha)
+        copy = memo[id(self)] = EagerAdaptedWeight(base, updates, alpha)
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _EagerAdaptedWeight, (self.base, self.updates, self.alpha)
+        return EagerAdaptedWeight, (self.base, self.updates, self.alpha)
 
 
 def adapt(W: Tensor, update: Update | Deferred) -> Tensor:
@@ -214,7 +266,7 @@ def adapted(
 ) -> AdaptedWeight:
     """The weight that is α ∘ W plus these updates."""
     if not torch.compiler.is_dynamo_compiling():
-        return _EagerAdaptedWeight(W, updates, alpha)
+        return EagerAdaptedWeight(W, updates, alpha)
     # Not W itself: an operation that torch.compile does not ask about would read W as if it were
     # W + ΔW. Of NaN, which no result can hide.
     nan = torch.full((), float("nan"), dtype=logical_dtype(W), device=W.device)
@@ -286,23 +338,35 @@ def _grad(weight: AdaptedWeight, *_: object) -> None:
     """A computed tensor gathers no gradient; W and the factors do."""
 
 
-def _build_all(value: Any, built: list[Tensor] | None = None, *, grad_lost: bool = False) -> Any:
+def _any_differentiable(values: Any) -> bool:
+    """An adapted weight through which gradients or tangents flow is among them."""
+    weights = [v for v in tree_leaves(values) if isinstance(v, AdaptedWeight)]
+    if torch.is_grad_enabled() and any(w.differentiable for w in weights):
+        return True
+    return any(_has_tangent(t) for w in weights for t in w.parts)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    if forward_level() < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _build_all(value: Any, built: list[Tensor] | None = None) -> Any:
     """`value` with every adapted weight in it built, at any depth of tuples, lists and dicts.
 
     What is built is added to the list `built`.
     """
     if isinstance(value, AdaptedWeight):
-        if grad_lost and torch.is_grad_enabled() and value.differentiable:
-            raise InternalError("an operation reached an adapted weight below autograd")
         W = value.build()
         if built is not None:
             built.append(W)
         return W
     if isinstance(value, (tuple, list)):
-        items = [_build_all(v, built, grad_lost=grad_lost) for v in value]
+        items = [_build_all(v, built) for v in value]
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*items)
         return type(value)(items)
     if isinstance(value, dict):
-        return {k: _build_all(v, built, grad_lost=grad_lost) for k, v in value.items()}
+        return {k: _build_all(v, built) for k, v in value.items()}
     return value

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_param.errors import ComputedWeightError
 from lora_param.weight.private import as_plain_tensors, transforms_active
 
-__all__ = ["BuiltView", "Computed", "protect", "refuse_writes"]
+__all__ = ["BuiltView", "Computed", "protect", "refuse_writes", "refuse_writes_below"]
 
 _IN_PLACE = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift"
 _WRITES = {"__setitem__", "__set__", "__delete__", "retain_grad"}
@@ -117,6 +117,16 @@ def refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
         written += _flat(kwargs["out"])
     if any(isinstance(t, Computed) for t in written):
         raise ComputedWeightError("assignment" if name == "__set__" else name)
+
+
+def refuse_writes_below(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """As `refuse_writes`, of an operation below autograd, whose schema says what it writes to."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        written = args[i] if i < len(args) else kwargs.get(argument.name)
+        if any(isinstance(t, Computed) for t in _flat(written)):
+            raise ComputedWeightError(func.overloadpacket.__name__)
 
 
 def protect(result: Any, computed: Iterable[Tensor]) -> Any:

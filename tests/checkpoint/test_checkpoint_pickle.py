@@ -203,3 +203,69 @@ def test_unknown_names_are_told_by_content(tmp_path, base):
         open_checkpoint(tmp_path / "missing")
     with pytest.raises(OptionError, match="nothing is nested"):
         open_checkpoint(base, "model")
+
+
+# --- what a file can be made of to harm whoever reads it ---------------------------------------
+
+
+def test_19_a_mapping_in_many_places_or_in_itself_is_entered_once(tmp_path):
+    path = tmp_path / "x.pt"
+    itself = {"state_dict": weights()}
+    itself["again"] = itself
+    itself["more"] = {"back": itself, "state_dict_ema": itself["state_dict"]}
+    torch.save(itself, path)
+    checkpoint = PickleCheckpoint(path)
+    assert checkpoint.key == "state_dict"
+    assert PickleCheckpoint(path, "more.state_dict_ema").key == "more.state_dict_ema"
+    shared = {f"k{i}": 0 for i in range(300)}
+    for _ in range(4):
+        shared = {f"k{i}": shared for i in range(300)}  # 300 ** 5 ways
+    torch.save({"model": weights(), "shared": shared}, path)
+    assert PickleCheckpoint(path).key == "model"
+    torch.save({"deep": shared}, path)
+    with pytest.raises(UnknownFileError):
+        PickleCheckpoint(path)
+
+
+@pytest.mark.parametrize("record", ["data.pkl", "data/0"])
+def test_19_a_record_that_inflates_is_refused_before_it_is_read(record, tmp_path, monkeypatch):
+    plain, path = tmp_path / "plain.pt", tmp_path / "x.pt"
+    torch.save({"w": torch.zeros(1000, 1000), "text": "x"}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w") as archive:
+        for info in source.infolist():
+            content = source.read(info)
+            if info.filename.endswith(record):
+                content += bytes(3_000_000)
+                archive.writestr(info.filename, content, zipfile.ZIP_DEFLATED)
+            else:
+                archive.writestr(info.filename, content)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(BrokenFileError, match=f"its record .*{record} is compressed, to .* bytes"):
+        PickleCheckpoint(path)
+
+
+def test_19_what_a_damaged_pickle_makes_of_the_unpickler(tmp_path):
+    path = tmp_path / "x.pt"
+    for content in (
+        b"\x80\x02J\x01",  # struct.error: a number cut short
+        b"\x80\x02G\x00\x00.",
+        b"\x80\x02}(]\x88u.",  # a list as a key
+        b"\x80\x02X\xff\xff\xff\xff.",
+        b"\x80\x02\x8a\x0a",
+        b"\x80\x02h\x05.",
+        b"\x80\x02" + b"(" * 100_000 + b"." * 10,
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FileError) as caught:
+            PickleCheckpoint(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_19_what_is_needed_is_told_from_what_is_allowed(tmp_path):
+    path = tmp_path / "x.pt"
+    content = {"w": torch.ones(2, 2), "sizes": torch.Size([1]), "args": argparse.Namespace(x=1)}
+    for zipped in (True, False):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UnsafePickleError, match=r"it needs argparse\.Namespace"):
+            PickleCheckpoint(path)

@@ -119,3 +119,21 @@ def test_a_scale_in_another_shard_is_seen(tmp_path):
     mapping = {"q.weight": "a.safetensors", "q.weight_scale": "b.safetensors"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": mapping}))
     assert "quantized" in open_checkpoint(tmp_path).weights["q.weight"].packed
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"weight_map": {"w": "%s.safetensors"}}' % ("x" * 300), "File name too long"),
+        ('{"weight_map": {"w": "\\ud800.safetensors"}}', "missing"),
+        ('{"weight_map": {"\\ud800": "x.safetensors"}}', "no Unicode text"),
+        ('{"weight_map": {"w": "a\\u001b[2J/x.safetensors"}}', "missing"),
+    ],
+    ids=["long", "surrogate shard", "surrogate tensor", "control"],
+)
+def test_19_names_in_an_index_that_no_file_has(text, why, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(BrokenFileError, match=why) as caught:
+        open_checkpoint(tmp_path)
+    assert str(caught.value).isprintable()

@@ -32,6 +32,12 @@ OPTIONS = {
     "disable": "-t --target --json",
     "bake": "-o --output --dtype --in-place --verify --no-sync --force --key "
     "--ignore-fingerprint --json",
+    "check": "--for --names --key --json",
+    "extract": "-o --output -t --target -r --rank --energy --error --exact --name --seed --key "
+    "--force --no-sync --json",
+    "combine": "-o --output --method -r --rank --density --name --seed --force --no-sync --json",
+    "resize": "-o --output -r --rank --energy --error --force --no-sync --json",
+    "diff": "--key --json",
     "demo": "-o --output --seed --json",
 }
 

@@ -53,7 +53,21 @@ def test_the_package_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [None, "apply", "stats", "enable", "disable", "bake", "check", "demo"]
+    "command",
+    [
+        None,
+        "apply",
+        "stats",
+        "enable",
+        "disable",
+        "bake",
+        "check",
+        "extract",
+        "combine",
+        "resize",
+        "diff",
+        "demo",
+    ],
 )
 def test_help_needs_neither_torch_nor_numpy(command: str | None) -> None:
     heavy, shown = audit(*([command] if command else []), "--help")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_param.weight.rules  # noqa: F401
-from lora_param.errors import ComputedWeightError, InternalError
+from lora_param.errors import BelowAutogradError, ComputedWeightError
 from lora_param.weight.adapted import AdaptedWeight, adapt
 from lora_param.weight.update import Update
 
@@ -224,7 +224,7 @@ def test_gradients_flow_through_views_of_it(weight: AdaptedWeight) -> None:
 
 def test_below_autograd_a_gradient_is_never_lost(weight: AdaptedWeight) -> None:
     with torch._C.DisableTorchFunctionSubclass():
-        with pytest.raises(InternalError, match="below autograd"):
+        with pytest.raises(BelowAutogradError, match="lose the gradients"):
             torch.sin(weight)
         with torch.no_grad():
             torch.testing.assert_close(torch.sin(weight), dense(weight).sin())

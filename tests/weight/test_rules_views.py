@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +17,16 @@ from torch import Tensor
 
 from lora_param.errors import ComputedWeightError
 from lora_param.targets.regions import WHOLE, Region
+from lora_param.weight import pieces
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.update import merge
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_by_one() -> Iterator[None]:
+    """Small stacks are built as a whole, see test_rules_pieces; here each view stays factored."""
+    with mock.patch.object(pieces, "_READ", 0):
+        yield
 
 
 def same(found: Any, expected: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_param.weight.adapted import AdaptedWeight, lower
 from lora_param.weight.base import dense, storage_of
 from lora_param.weight.precision import autocasts, exact
-from lora_param.weight.private import transforms_active
+from lora_param.weight.private import forward_level, jit_tracing, transforms_active
 from lora_param.weight.update import NormalForm, Update
 
 __all__ = [
@@ -62,9 +62,20 @@ def built(value: Any) -> Any:
     return value.build() if isinstance(value, AdaptedWeight) else value
 
 
+def _traced() -> bool:
+    """`torch.jit.trace` records; torch.compile cannot be asked."""
+    return not torch.compiler.is_compiling() and jit_tracing()
+
+
 def tracing() -> bool:
-    """Operations are being recorded or transformed: only torch's own, out of place, may be used."""
-    return torch.compiler.is_compiling() or transforms_active()
+    """Operations are being recorded, transformed or differentiated forward: only torch's own, out
+    of place, may be used."""
+    return (
+        torch.compiler.is_compiling()
+        or transforms_active()
+        or jit_tracing()
+        or forward_level() >= 0
+    )
 
 
 def autocast(*tensors: Tensor | None) -> list[Any]:
@@ -121,13 +132,14 @@ def dense_is_cheaper(V: NormalForm, rows: int, m: int, n: int) -> bool:
     rows·r·(m + n), the build m·n·r. Training pays each three times, and a built weight needs its
     own gradient besides, rows·m·n, where W itself is frozen. Low precisions are never built here,
     which would round W + ΔW, nor is a weight with dropout, whose input a built one does not see.
+    A trace counts as training: it is run with gradients, however it was recorded.
     """
     low = V.base.dtype not in (torch.float32, torch.float64)
     if low or any(u.dropout for u in V.updates):
         return False
     r = sum(u.A.shape[-2] for u in V.updates)
     lazy, dense = rows * r * (m + n), m * n * r
-    if torch.is_grad_enabled() and V.differentiable:
+    if (torch.is_grad_enabled() and V.differentiable) or _traced():
         lazy, dense = 3 * lazy, 3 * dense
         if not V.base.requires_grad:
             dense += rows * m * n

@@ -22,7 +22,7 @@ def linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     """x (W + ΔW)ᵀ + b as x Wᵀ + b + scale·(x Aᵀ) Bᵀ."""
     if not isinstance(weight, AdaptedWeight) or isinstance(bias, AdaptedWeight):
         return NotImplemented
-    if weight.base.dim() != 2:
+    if weight.base.dim() != 2 or input.is_nested:
         return NotImplemented
     x, first = built(input), weight.updates[0] if weight.updates else None
     if type(first) is Deferred and len(weight.updates) == 1 and not tracing():

@@ -37,7 +37,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _is_stack(value: Any) -> bool:
-    return isinstance(value, Tensor) and _dim(value) == 3
+    return isinstance(value, Tensor) and _dim(value) == 3 and not value.is_nested
 
 
 def _dim(value: Tensor) -> int:
@@ -129,6 +129,8 @@ def _matmul(x: Any, y: Any) -> Any:
 def matmul(input: Any, other: Any = None, **named: Any) -> Any:
     """x V and V x with a matrix or a stack, whatever the other operand's dimensions."""
     if named or not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return NotImplemented
+    if input.is_nested or other.is_nested:
         return NotImplemented
     return _matmul(input, other)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_param.targets.regions import Region
 from lora_param.weight.adapted import AdaptedWeight, adapted, implements
+from lora_param.weight.pieces import pieces
 from lora_param.weight.rules.common import lowered, stacked_updates
 from lora_param.weight.update import Deferred, NormalForm, Update
 
@@ -191,8 +192,12 @@ def split(tensor: Any, split_size_or_sections: Any = None, dim: int = 0, **named
 # --- indices ----------------------------------------------------------------------------------
 
 
-def _of_stack(weight: AdaptedWeight, index: Any) -> AdaptedWeight:
+def _of_stack(weight: AdaptedWeight, index: Any) -> Any:
     """One matrix of a stack, or a stack of those that a tensor names."""
+    if _is_number(index):
+        built = pieces(weight)
+        if built is not None:
+            return built[index]
     base = weight.base[index]
     region = Region(stacked=base.dim() == 3)
     updates: list[Update | Deferred] = []
@@ -219,14 +224,24 @@ def unbind(input: Any, dim: int = 0) -> Any:
     """The matrices of a stack."""
     if not stacked_updates(input) or dim not in (0, -3):
         return NotImplemented
-    return tuple(_of_stack(input, e) for e in range(len(input.base)))
+    count = len(input.base)
+    built = pieces(input, count)
+    return built if built is not None else tuple(_of_stack(input, e) for e in range(count))
+
+
+def _is_number(index: Any) -> bool:
+    """An integer, or a tensor that holds one."""
+    return type(index) is int or (type(index) is Tensor and index.dim() == 0 and _integral(index))
+
+
+def _integral(t: Tensor) -> bool:
+    return not t.is_floating_point() and t.dtype not in (torch.bool, torch.uint8)
 
 
 def _names_matrices(index: Any) -> bool:
     """An index that takes whole matrices out of a stack: an integer, or a tensor of them."""
     if isinstance(index, Tensor):
-        integral = not index.is_floating_point() and index.dtype not in (torch.bool, torch.uint8)
-        return integral and index.dim() <= 1
+        return _integral(index) and index.dim() <= 1
     return isinstance(index, int) and not isinstance(index, bool)
 
 
@@ -243,6 +258,8 @@ def getitem(weight: Any, index: Any) -> Any:
         return NotImplemented
     if _names_matrices(indices[0]) and stacked_updates(weight):
         weight = _of_stack(weight, indices.pop(0))
+        if not isinstance(weight, AdaptedWeight):
+            return weight[tuple(indices)] if indices else weight
         if weight.dim() == 3:
             indices.insert(0, slice(None))
     for dim, item in enumerate(indices):

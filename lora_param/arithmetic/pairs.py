@@ -1,0 +1,51 @@
+"""The update of a target as one pair of factors, whatever it is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from lora_param.adapter import Adapter
+from lora_param.errors import VariantError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Pair", "pair_of"]
+
+
+class Pair(NamedTuple):
+    """ΔW = scale·(B @ A).
+
+    Attributes:
+        A: shape (r, in), or (E, r, in) for a stack.
+        B: shape (out, r), or (E, out, r) for a stack.
+        scale: what multiplies B @ A, the strength in it.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def pair_of(adapter: Adapter, key: str, what: str) -> Pair:
+    """ΔW of a target as factors in fp32 (fp64 where they are); its initial pair joined to them.
+
+    Args:
+        what: the operation, for messages.
+
+    Raises:
+        VariantError: ΔW is not of that form, as it depends on W.
+    """
+    from lora_param.weight.precision import compute_dtype
+    from lora_param.weight.update import fold_initial
+    from lora_param.weight.variants import variant_named
+
+    t = adapter.targets[key]
+    variant = variant_named(t.settings.variant)
+    if variant.uses_W:
+        raise VariantError(what, adapter.source, key, t.settings.variant)
+    tensors = fold_initial(
+        {n: f.detach().cpu().to(compute_dtype(f.dtype)) for n, f in adapter.factors(key).items()}
+    )
+    A, B, scale = variant.pair(tensors, t.scale, t.strength)
+    return Pair(A, B, scale)

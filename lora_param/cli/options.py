@@ -1,0 +1,51 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_param.errors import OptionError
+
+__all__ = ["MODEL", "AdapterFile", "AnyBase", "Force", "Json", "Key", "Model", "NoSync", "Targets"]
+__all__ += ["weighted"]
+
+MODEL = (
+    "A .safetensors, .pt, .pth, .bin or .ckpt file, a directory of them, "
+    "or python:package.module:callable."
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+AdapterFile = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="An adapter file.", show_default=False)
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("-t", "--target", metavar="PATTERN", help="Weights to choose; may be repeated."),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which nested state dict of a pickled checkpoint."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk: faster.")]
+AnyBase = Annotated[
+    bool,
+    typer.Option("--ignore-fingerprint", help="Accept a base with other values or dtypes."),
+]
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """`ADAPTER=WEIGHT`; a name with an equals sign in it stays whole if such a file exists."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        if not Path(path).exists():  # an adapter whose name has an equals sign in it
+            return text, 1.0
+        raise OptionError(f"the weight of {path}", weight, "a number, as in ADAPTER=0.5") from None
