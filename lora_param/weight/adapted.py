@@ -57,16 +57,19 @@ _PROPERTIES = "shape dtype device ndim layout itemsize nbytes is_cuda is_cpu is_
 _PROPERTIES += " is_sparse is_quantized is_nested"
 _METHODS = "size dim numel nelement element_size is_floating_point is_complex get_device"
 _METHODS += " __len__ __hash__"
-_METADATA = {
-    *(_getter(name) for name in _PROPERTIES.split()),
-    *(getattr(Tensor, name) for name in _METHODS.split()),
-    *(torch.numel, torch.is_floating_point, torch.is_complex),
-}
+# Both are dicts: torch.compile looks into sets of methods only in newer versions of torch.
+_METADATA = dict.fromkeys(
+    [
+        *(_getter(name) for name in _PROPERTIES.split()),
+        *(getattr(Tensor, name) for name in _METHODS.split()),
+        *(torch.numel, torch.is_floating_point, torch.is_complex),
+    ]
+)
 _NO_DROPOUT = (
     "dropout has no effect on a weight that is built as a whole: it acts on the input of A, which "
     "only some operations show (F.linear does)"
 )
-_LAYOUT = {Tensor.stride, Tensor.is_contiguous}
+_LAYOUT = dict.fromkeys([Tensor.stride, Tensor.is_contiguous])
 
 
 class AdaptedWeight(Computed):

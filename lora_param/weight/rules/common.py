@@ -139,11 +139,18 @@ def dense_is_cheaper(V: NormalForm, rows: int, m: int, n: int) -> bool:
         return False
     r = sum(u.A.shape[-2] for u in V.updates)
     lazy, dense = rows * r * (m + n), m * n * r
-    if (torch.is_grad_enabled() and V.differentiable) or _traced():
+    if (torch.is_grad_enabled() and _trains(V)) or _traced():
         lazy, dense = 3 * lazy, 3 * dense
         if not V.base.requires_grad:
             dense += rows * m * n
     return lazy > dense
+
+
+def _trains(V: NormalForm) -> bool:
+    """Gradients flow into W or into what is added."""
+    if V.base.requires_grad or (V.alpha is not None and V.alpha.requires_grad):
+        return True
+    return any(t.requires_grad for u in V.updates for t in (u.A, u.B))
 
 
 def whole(updates: Sequence[Update]) -> bool:
