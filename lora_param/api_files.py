@@ -102,6 +102,8 @@ def bake_checkpoint(
     verify: bool = False,
     require_change: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    max_shard_size: int | str | None = None,
+    link: bool = False,
 ) -> BakeReport:
     """Write W + ΔW where W stood: a checkpoint of the base's names, shapes, shards and other files.
 
@@ -120,6 +122,10 @@ def bake_checkpoint(
         require_change: refuse to write a result in which no element is changed although targets
             are enabled: their updates are zero, or too small for the stored dtype.
         progress: called with bytes done, bytes in all, and the name of what was done.
+        max_shard_size: divide the weights of a directory of safetensors anew, into files of at
+            most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
+        link: whole files of weights that nothing changes become hard links to the base's, where
+            the file system has them: writing into one of the two then changes both.
 
     Raises:
         UnchangedError: see `require_change`.
@@ -140,6 +146,8 @@ def bake_checkpoint(
         verify=verify,
         require_change=require_change,
         progress=progress,
+        max_shard_size=max_shard_size,
+        link=link,
     )
     return bake_adapters(base, _pairs(adapters), out, options)
 

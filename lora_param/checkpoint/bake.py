@@ -9,6 +9,7 @@ The room is long for its checks of the output: they belong before the first byte
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.jobs import one_thread
 from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
@@ -47,6 +49,13 @@ _DTYPES = {
     "bf16": "bfloat16",
     "float64": "float64",
     "fp64": "float64",
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_UNITS = {
+    f"{p}{i}{b}": (1024 if i else 1000) ** n
+    for n, p in enumerate(("", "K", "M", "G", "T"))
+    for i in ("", "I")
+    for b in ("", "B")
 }
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
@@ -133,6 +142,23 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return parsed
 
 
+def parse_size(size: int | str) -> int:
+    """A number of bytes, as a number or with a unit.
+
+    >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(7)
+    (5000000000, 1572864, 7)
+
+    Raises:
+        OptionError: it is none, or not positive.
+    """
+    match = _SIZE.fullmatch(str(size).strip())
+    factor = _UNITS[match[2].upper()] if match else 0
+    found = int(float(match[1]) * factor) if match else 0
+    if found < 1:
+        raise OptionError("max_shard_size", size, "a number of bytes, or e.g. 500MB, 5GB, 2GiB")
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BakeOptions:
     """How to bake.
@@ -148,6 +174,10 @@ class BakeOptions:
         require_change: refuse to write a result in which no element is changed although targets
             are enabled: their updates are zero, or too small for the stored dtype.
         progress: called with bytes done, bytes in all, and the name of what was done.
+        max_shard_size: divide the weights of a directory of safetensors anew, into files of at
+            most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
+        link: whole files of weights that nothing changes become hard links to the base's, where
+            the file system has them: writing into one of the two then changes both.
     """
 
     dtype: torch.dtype | str | None = None
@@ -159,6 +189,8 @@ class BakeOptions:
     verify: bool = False
     require_change: bool = False
     progress: Report | None = None
+    max_shard_size: int | str | None = None
+    link: bool = False
 
 
 def bake_adapters(
@@ -184,6 +216,7 @@ def bake_adapters(
         OptionError: a setting outside its accepted values.
     """
     dtype = parse_dtype(options.dtype)
+    limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
     with (
@@ -192,15 +225,25 @@ def bake_adapters(
     ):
         place = _place(checkpoint, base, out, options.in_place)
         _check_place(checkpoint, adapters, place, options)
-        merging = plan_merging(
-            checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
-        )
+        if limit is not None and not _has_shards(checkpoint):
+            raise OptionError(
+                "max_shard_size",
+                options.max_shard_size,
+                "None: the base is no directory of safetensors",
+            )
+        with one_thread():
+            merging = plan_merging(
+                checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
+            )
+        merging.exact, merging.link, merging.max_shard_size = options.verify, options.link, limit
         files, size = _write(merging, place, options, state)
-        rows = [merging.rows[id(p.adapter), p.key] for p in merging.targets]
+        with one_thread():
+            found = merging.rows()
+        rows = list(found.values())
         dead = [
             a.name
             for a, _ in adapters
-            if (own := [merging.rows[k] for k in merging.rows if k[0] == id(a)])
+            if (own := [row for key, row in found.items() if key[0] == id(a)])
             and all(row.dead for row in own)
         ]
         return BakeReport(
@@ -272,6 +315,12 @@ def _check_place(
         raise OutputError(place, "the input is a file of torch.save, and the output would be one")
 
 
+def _has_shards(checkpoint: Checkpoint) -> bool:
+    return isinstance(checkpoint, DirectoryCheckpoint) and all(
+        isinstance(part, SafetensorsCheckpoint) for part in checkpoint.parts.values()
+    )
+
+
 def _check_replaceable(directory: Path) -> None:
     """A directory is replaced whole: refuse one that holds no checkpoint, or where we stand."""
     here = Path(os.path.realpath(Path.cwd()))
@@ -329,8 +378,10 @@ def _write(
 
 def _check_change(merging: Merging) -> None:
     """Enabled targets of a weight that is not 0, and yet nothing differs from the base."""
-    meant = [merging.rows[id(p.adapter), p.key] for p in merging.targets if p.weight]
-    if meant and not any(row.changed for row in merging.rows.values()):
+    with one_thread():
+        rows = merging.rows()
+    meant = [rows[id(p.adapter), p.key] for p in merging.targets if p.weight]
+    if meant and not any(row.changed for row in rows.values()):
         raise UnchangedError(
             dict.fromkeys(p.adapter.source for p in merging.targets),
             len(meant),
@@ -344,6 +395,11 @@ def _notes(checkpoint: Checkpoint, rows: Sequence[BakedTarget]) -> list[str]:
         notes.append("No target is enabled: the result holds the base's weights.")
     elif not any(row.changed for row in rows):
         notes.append("No element changed: the result holds the base's weights.")
+    if any(row.measured < row.total for row in rows):
+        notes.append(
+            "Norms and rounding loss are estimated from every eighth block of rows; "
+            "--verify measures all of them."
+        )
     if lost := [row.target for row in rows if row.lost]:
         notes.append(f"Too small for the stored dtype to hold: the update of {', '.join(lost)}.")
     if isinstance(checkpoint, DirectoryCheckpoint):

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from itertools import combinations
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.errors import NonFiniteError, OptionError
+from lora_param.targets.regions import WHOLE, Region
+from lora_param.weight.blocks import BLOCK, Index, blocks_of, flat_range
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["BakedTarget", "Merging", "plan_merging"]
+    from lora_param.weight.update import Deferred, Update
+
+__all__ = ["BakedTarget", "Block", "Measures", "Merging", "plan_merging"]
+
+
+_EVERY = 8  # blocks, of which one is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,8 @@ class BakedTarget:
             hold; of all adapters on the target together. 0 where ΔW is 0.
         relative_norm: ‖ΔW‖ / ‖W‖ of this adapter over the target; infinite over a zero W.
         dead: ΔW is zero because the factors are (B was never trained).
+        measured: number of the target's elements that the two norms are of: all of them, or those
+            of every eighth block of rows where the target has several.
     """
 
     target: str
@@ -41,6 +53,7 @@ class BakedTarget:
     rounding_loss: float
     relative_norm: float
     dead: bool
+    measured: int = 0
 
     @property
     def lost(self) -> bool:
@@ -64,19 +77,66 @@ class _Piece:
     def target(self) -> AdapterTarget:
         return self.adapter.targets[self.key]
 
+    @property
+    def region(self) -> Region:
+        return self.target.target.region
+
     def factors(self) -> dict[str, Tensor]:
         return {n: t.detach().cpu() for n, t in self.adapter.factors(self.key).items()}
 
-    def delta(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """ΔW over the target, as `merge` computes it."""
+    def update(self, dtype: torch.dtype) -> Update | Deferred:
+        """The update as a live model makes it, its tensors read, and cast to the merge's dtype."""
         from lora_param.weight.update import fold_initial, make_update
         from lora_param.weight.variants import variant_named
 
         t, tensors = self.target, fold_initial(self.factors())
-        strength = t.strength * self.weight
+        wide = {n: x.to(dtype).contiguous() for n, x in tensors.items()}
         variant = variant_named(t.settings.variant)
-        u = make_update(variant, tensors, t.scale, strength, t.target.region)
-        return u.delta(W, dtype)
+        return make_update(variant, wide, t.scale, t.strength * self.weight, self.region)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some elements of an entry that follow each other, and what is added to them.
+
+    Attributes:
+        start, stop: the elements, in C order.
+        pieces: whose updates they take; none for what is cast or copied.
+        region: the one region of all the pieces; None where they take the whole of the entry,
+            each by a region of its own.
+        index: the block in the region, seen as a matrix or a stack.
+        is_sampled: norms are measured over it also where they are estimated.
+    """
+
+    start: int
+    stop: int
+    pieces: tuple[_Piece, ...] = ()
+    region: Region | None = None
+    index: Index = ()
+    is_sampled: bool = True
+
+    @property
+    def is_changed(self) -> bool:
+        """Something is added."""
+        return bool(self.pieces)
+
+
+class Measures(NamedTuple):
+    """Sums over a target's elements, from which its row is made; added up block by block."""
+
+    changed: int
+    total: int
+    measured: int = 0  # elements that the following are of
+    base: float = 0.0  # Σ W²
+    own: float = 0.0  # Σ ΔW² of the target
+    wanted: float = 0.0  # Σ ΔW² of all that is added
+    lost: float = 0.0  # Σ (kept - ΔW)²
+
+    @classmethod
+    def sum(cls, parts: Sequence[Measures]) -> Measures:
+        """Of several blocks; exact, so that their order does not matter."""
+        changed, total, measured, *squares = zip(cls(0, 0), *parts, strict=True)
+        return cls(sum(changed), sum(total), sum(measured), *map(math.fsum, squares))
 
 
 @dataclass
@@ -88,14 +148,19 @@ class Merging:
         pieces: entry name → the updates that its tensor takes; tied names are all listed.
         dtype: what floating tensors are stored as, or None for what they are.
         disabled: keys of targets that take no part.
-        rows: what came of each target, filled as tensors are merged.
+        exact: measure norms over every block instead of one in some.
+        link: files that nothing changes may be hard links to the base's.
+        max_shard_size: divide a directory's weights anew, into files of so many bytes.
     """
 
     base: Checkpoint
     pieces: dict[str, list[_Piece]]
     dtype: torch.dtype | None
     disabled: list[str]
-    rows: dict[tuple[int, str], BakedTarget] = field(default_factory=dict)
+    exact: bool = False
+    link: bool = False
+    max_shard_size: int | None = None
+    _measures: dict[tuple[int, str], dict[str, list[Measures]]] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[_Piece]:
@@ -118,75 +183,240 @@ class Merging:
         dense = W.layout == torch.strided and not W.is_nested
         return self.stored_dtype(W.dtype) if dense else W.dtype
 
-    def stored(self, name: str, W: Tensor) -> Tensor:
-        """What is to be stored for an entry: W + ΔW in fp32, rounded once; or W, cast if asked.
+    def blocks(self, name: str, shape: tuple[int, ...]) -> list[Block]:
+        """What of an entry its updates touch, as blocks in the order of its elements.
+
+        One block, of all of it, where updates overlap in part or need more than some rows of W.
+        """
+        from lora_param.weight.variants import variant_named
+
+        pieces = self.pieces.get(name, [])
+        regions: dict[Region, list[_Piece]] = {}
+        for piece in pieces:
+            regions.setdefault(piece.region, []).append(piece)
+        variants = {variant_named(p.target.settings.variant) for p in pieces}
+        if not all(v.has_blocks for v in variants) or any(
+            a.overlaps(b) for a, b in combinations(regions, 2)
+        ):
+            return [Block(0, prod(shape), tuple(pieces))]
+        found, width = [], prod(shape[1:])
+        for region, own in regions.items():
+            matrix = region.matrix(shape)
+            first = 0 if region.rows is None else region.rows[0] * width
+            for number, index in enumerate(blocks_of(matrix)):
+                start, stop = flat_range(index, matrix)
+                if region.columns is not None:  # whole rows, for these follow each other
+                    start, stop = index[0].start * width, index[0].stop * width
+                sampled = number % _EVERY == 0
+                found.append(Block(first + start, first + stop, tuple(own), region, index, sampled))
+        return sorted(found, key=lambda block: block.start)
+
+    def merge(
+        self, name: str, W: Tensor, block: Block, updates: Sequence[Update | Deferred]
+    ) -> tuple[Tensor, list[Measures]]:
+        """What is to be stored for a block, and what came of each of its pieces.
 
         Args:
-            name: the entry.
-            W: its base value.
+            name: the entry, for messages.
+            W: the base value of the entry, of its shape.
+            block: one of `blocks`, or one without pieces, which is cast.
+            updates: of the block's pieces.
 
         Returns:
-            A tensor of W's shape.
+            The block's elements, flat, in the stored dtype.
 
         Raises:
             NonFiniteError: a finite value becomes infinite or NaN in the stored dtype.
         """
         from lora_param.weight.precision import compute_dtype
-        from lora_param.weight.update import add_deltas
 
-        pieces = self.pieces.get(name, [])
-        target_dtype = self.stored_as(W)
-        if not pieces:
-            cast = W.to(target_dtype)
-            if cast.dtype != W.dtype and _overflows(W, cast):
-                raise NonFiniteError(f"{name}, stored as {target_dtype},")
-            return cast
-        wide = compute_dtype(W.dtype)
-        deltas = [p.delta(W, wide) for p in pieces]
-        regions = [p.target.target.region for p in pieces]
-        merged = add_deltas(W, zip(regions, deltas, strict=True)).to(target_dtype)
-        full, kept = W.to(wide), merged.to(wide)
-        if _overflows(full, kept):
-            raise NonFiniteError(f"{name} with its update, stored as {target_dtype},")
-        self._measure(pieces, deltas, full, kept, W.to(target_dtype).to(wide))
-        return merged
+        dtype, wide = self.stored_as(W), compute_dtype(W.dtype)
+        part = W.reshape(-1)[block.start : block.stop]
+        if not block.pieces:
+            cast = part.to(dtype)
+            if cast.dtype != W.dtype and _overflows(part, cast):
+                raise NonFiniteError(f"{name}, stored as {dtype},")
+            return cast, []
+        if block.region is None:
+            part, regions = part.view(W.shape), [p.region for p in block.pieces]
+            deltas = [u.delta(part, wide) for u in updates]
+        elif block.region.columns is None:
+            columns = block.region.matrix(tuple(W.shape))[-1]
+            part = part.view(*(r.stop - r.start for r in block.index), columns)
+            regions = [WHOLE] * len(updates)
+            deltas = [u.of_block(block.index).delta(part, wide) for u in updates]
+        else:
+            part = part.view(-1, *W.shape[1:])
+            region = Region(columns=block.region.columns)
+            regions, shape = [region] * len(updates), region.shape(tuple(part.shape))
+            own = part[region.index].reshape(region.matrix(tuple(part.shape)))
+            deltas = [u.of_block(block.index).delta(own, wide).view(shape) for u in updates]
+        kept = _add(part, zip(regions, deltas, strict=True), wide).to(dtype)
+        changed = [_count_changed(part[r.index].to(dtype), kept[r.index]) for r in regions]
+        if _may_overflow(kept) and _overflows(part.to(wide), kept.to(wide)):
+            raise NonFiniteError(f"{name} with its update, stored as {dtype},")
+        totals = [part[r.index].numel() for r in regions]
+        measures = list(map(Measures, changed, totals))
+        if self.exact or block.is_sampled:
+            measures = _measure(part, kept, regions, deltas, measures)
+        return kept.reshape(-1), measures
 
-    def _measure(
-        self,
-        pieces: Sequence[_Piece],
-        deltas: Sequence[Tensor],
-        full: Tensor,
-        kept: Tensor,
-        unmerged: Tensor,
-    ) -> None:
-        """One row for each target: what was stored against what was meant."""
+    def updates(self, pieces: Sequence[_Piece], dtype: torch.dtype) -> list[Update | Deferred]:
+        """The updates of pieces on a weight of this dtype, read and ready."""
+        from lora_param.weight.precision import compute_dtype
+
+        return [p.update(compute_dtype(dtype)) for p in pieces]
+
+    def cover(self, name: str, shape: tuple[int, ...]) -> Iterator[Block]:
+        """`blocks`, and blocks without pieces for the elements between them."""
+        done, size = 0, prod(shape)
+        for block in (*self.blocks(name, shape), Block(size, size)):
+            for start in range(done, block.start, BLOCK):
+                yield Block(start, min(start + BLOCK, block.start))
+            if block.pieces:
+                yield block
+            done = block.stop
+
+    def stored(self, name: str, W: Tensor, *, noted: bool = False) -> Tensor:
+        """What is to be stored for an entry, all of it: W + ΔW rounded once, or W, cast if asked.
+
+        Args:
+            name: the entry.
+            W: its base value.
+            noted: this is what will be reported of its targets.
+
+        Raises:
+            NonFiniteError: a finite value becomes infinite or NaN in the stored dtype.
+        """
         import torch
 
-        if len(deltas) == 1 and deltas[0].shape == full.shape:
-            wanted = deltas[0]
-        else:
-            wanted = torch.zeros_like(full)
-            for piece, delta in zip(pieces, deltas, strict=True):
-                wanted[piece.target.target.region.index] += delta
-        for piece, delta in zip(pieces, deltas, strict=True):
-            index = piece.target.target.region.index
-            want, base, own = _norm(wanted[index]), _norm(full[index]), _norm(delta)
-            lost = (kept[index] - full[index]).sub_(wanted[index])
-            self.rows[id(piece.adapter), piece.key] = BakedTarget(
-                target=piece.key,
-                adapter=piece.adapter.name,
-                changed=int(torch.count_nonzero(kept[index] != unmerged[index])),
-                total=full[index].numel(),
-                rounding_loss=_norm(lost) / want if want else 0.0,
-                relative_norm=own / base if base else (math.inf if own else 0.0),
-                dead=is_dead(piece.factors(), own, base),
-            )
+        pieces, dtype = self.pieces.get(name, []), self.stored_as(W)
+        if not pieces and dtype == W.dtype:
+            return W
+        W = W.contiguous()
+        ready = dict(zip(map(id, pieces), self.updates(pieces, W.dtype), strict=True))
+        merged = torch.empty(W.shape, dtype=dtype)
+        flat = merged.view(-1)
+        for block in self.cover(name, tuple(W.shape)):
+            updates = [ready[id(p)] for p in block.pieces]
+            flat[block.start : block.stop], measures = self.merge(name, W, block, updates)
+            if noted:
+                self.note(name, block.pieces, measures)
+        return merged
+
+    def note(self, name: str, pieces: Sequence[_Piece], measures: Sequence[Measures]) -> None:
+        """Add to what came of an entry's targets; in any order, by any thread."""
+        for piece, measured in zip(pieces, measures, strict=True):
+            of_names = self._measures.setdefault((id(piece.adapter), piece.key), {})
+            of_names.setdefault(name, []).append(measured)
+
+    def rows(self) -> dict[tuple[int, str], BakedTarget]:
+        """What came of each target, by its adapter's identity and its key."""
+        return {(id(p.adapter), p.key): self._row(p) for p in self.targets}
+
+    def _row(self, piece: _Piece) -> BakedTarget:
+        of_names = self._measures.get((id(piece.adapter), piece.key), {})
+        name = min(of_names, key=lambda n: (n != piece.target.target.name, n), default="")
+        m = Measures.sum(of_names.get(name, ()))  # names that share a target hold the same
+        own, base, wanted, lost = map(math.sqrt, (m.own, m.base, m.wanted, m.lost))
+        return BakedTarget(
+            target=piece.key,
+            adapter=piece.adapter.name,
+            changed=m.changed,
+            total=m.total,
+            rounding_loss=lost / wanted if wanted else 0.0,
+            relative_norm=own / base if base else (math.inf if own else 0.0),
+            dead=is_dead(piece.factors(), own, base),
+            measured=m.measured,
+        )
 
 
-def _norm(tensor: Tensor) -> float:
+def _add(W: Tensor, deltas: Iterable[tuple[Region, Tensor]], dtype: torch.dtype) -> Tensor:
+    """`add_deltas` without gradients: in place, which is quicker, of W's rows in this dtype."""
+    merged = W.to(dtype, copy=True)
+    for region, delta in deltas:
+        merged[region.index].add_(delta)
+    return merged
+
+
+def _measure(
+    W: Tensor,
+    kept: Tensor,
+    regions: Sequence[Region],
+    deltas: Sequence[Tensor],
+    counted: Sequence[Measures],
+) -> list[Measures]:
+    """What was stored against what was meant, for each update of some rows of W."""
     import torch
 
-    return float(torch.linalg.vector_norm(tensor))
+    wide = deltas[0].dtype
+    shared = len(set(regions)) == 1
+    if shared:
+        wanted = deltas[0] if len(deltas) == 1 else torch.stack(list(deltas)).sum(0)
+    else:
+        wanted = torch.zeros_like(W, dtype=wide)
+        for region, delta in zip(regions, deltas, strict=True):
+            wanted[region.index].add_(delta)
+    found: list[Measures] = []
+    for region, delta, count in zip(regions, deltas, counted, strict=True):
+        own = _square(delta)
+        if shared and found:
+            found.append(found[0]._replace(own=own))
+            continue
+        want = wanted if shared else wanted[region.index]
+        full = W[region.index].to(wide)
+        lost = kept[region.index].to(wide).sub(full).sub_(want)
+        found.append(
+            count._replace(
+                measured=count.total,
+                base=_square(full),
+                own=own,
+                wanted=own if len(deltas) == 1 else _square(want),
+                lost=_square(lost),
+            )
+        )
+    return found
+
+
+def _square(tensor: Tensor) -> float:
+    """Σ x²; over many elements not in fp32 alone, where it would lose small ones."""
+    import torch
+
+    parts = torch.split(tensor.reshape(-1), BLOCK)
+    return math.fsum(float(torch.dot(part, part)) for part in parts)
+
+
+def _bits(tensor: Tensor) -> NDArray[Any]:
+    """The elements as whole numbers, for NumPy, which is the quicker at comparing them."""
+    import torch
+
+    kinds = (torch.int8, torch.int16, torch.int32, torch.int64)
+    return tensor.view(kinds[tensor.itemsize.bit_length() - 1]).numpy()
+
+
+def _count_changed(before: Tensor, after: Tensor) -> int:
+    """Elements of other bits, where -0 is 0."""
+    import numpy as np
+
+    a, b = _bits(before), _bits(after)
+    differs = a != b
+    count = int(np.count_nonzero(differs))
+    if count and not (a & np.iinfo(a.dtype).max).min():  # of zeros, the sign may have changed
+        sign = np.iinfo(a.dtype).min
+        count -= int(np.count_nonzero(differs & ((a | b) == sign)))
+    return count
+
+
+def _may_overflow(tensor: Tensor) -> bool:
+    """Some element is infinite or NaN, or the dtype has no infinity to tell it by; in one pass."""
+    import numpy as np
+    import torch
+
+    bits = _bits(tensor)
+    infinite = torch.tensor(math.inf).to(tensor.dtype)
+    if not math.isinf(infinite.item()) or not bits.size:
+        return True
+    return bool((bits & np.iinfo(bits.dtype).max).max() >= _bits(infinite))
 
 
 def _is_finite(tensor: Tensor) -> bool:

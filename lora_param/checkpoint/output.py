@@ -2,102 +2,94 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lora_param.checkpoint.archive import archive_jobs
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.jobs import Job, Progress, followed, run_jobs
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.resharding import dump_json, resharded_jobs
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
+from lora_param.checkpoint.streaming import Copied, entry_parts, jobs_of, name_of, stored_name
 from lora_param.errors import OutputError
-from lora_param.files.header import Entry
-from lora_param.files.safetensors import NAMES, StreamEntry, tensor_bytes, write_safetensors
-from lora_param.files.writer import copy_range
+from lora_param.files.placed import PlacedFile, clone_file
+from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, write_safetensors
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 __all__ = ["Progress", "write_directory", "write_file", "write_state_dict"]
 
-Progress = Callable[[int, str], None]
-"""Called with a number of bytes just done and what they belong to."""
-
 
 def write_file(merging: Merging, part: Checkpoint, file: IO[bytes], progress: Progress) -> None:
-    """Write one file of weights anew: byte for byte, but for what the merging changes."""
-    touched = [name for name in part if name in merging.pieces]
-    if merging.dtype is None and not touched:
-        with Path(part.path).open("rb") as source:
-            size = Path(part.path).stat().st_size
-            copy_range(source, file, 0, size, lambda n: progress(n, Path(part.path).name))
+    """Write one file of weights anew: byte for byte, but for what the merging changes.
+
+    Of safetensors and of the zip files of torch.save no more than some blocks are in memory.
+    """
+    run_jobs(file_jobs(merging, part, file), progress)
+
+
+def file_jobs(merging: Merging, part: Checkpoint, file: IO[bytes]) -> Iterator[Job]:
+    """The jobs that write one file of weights into an empty one."""
+    path = Path(part.path)
+    if is_untouched(merging, part):
+        if not clone_file(path, file):
+            size = path.stat().st_size
+            yield from jobs_of(merging, PlacedFile(file, size), [Copied(path, 0, size, 0)])
     elif isinstance(part, SafetensorsCheckpoint):
-        if merging.dtype is None:
-            _patch_safetensors(merging, part, file, progress)
-        else:
-            _cast_safetensors(merging, part, file, progress)
+        part.check_unchanged()
+        yield from _safetensors_jobs(merging, part, file)
     elif isinstance(part, PickleCheckpoint):
-        _write_pickle(merging, part, file, progress)
+        jobs = archive_jobs(merging, part, file)
+        whole = Job(partial(_write_pickle, merging, part, file), part.nbytes, path.name)
+        yield from [whole] if jobs is None else jobs
     else:
         raise TypeError(type(part))
 
 
-def _patch_safetensors(
-    merging: Merging, part: SafetensorsCheckpoint, file: IO[bytes], progress: Progress
-) -> None:
-    """The same file with the targets' bytes replaced: the header and all else are copied."""
-    header, done = part.header, 0
-    with part.path.open("rb") as source:
-        for name, entry in header.entries.items():
-            if name not in merging.pieces:
-                continue
-            start, stop = header.start + entry.start, header.start + entry.stop
-            copy_range(source, file, done, start, lambda n: progress(n, part.path.name))
-            file.write(tensor_bytes(merging.stored(name, part[name])))
-            progress(stop - start, name)
-            done = stop
-        copy_range(source, file, done, header.size, lambda n: progress(n, part.path.name))
+def is_untouched(merging: Merging, part: Checkpoint) -> bool:
+    """Nothing in this file changes."""
+    return merging.dtype is None and not any(name in merging.pieces for name in part)
 
 
-def _cast_safetensors(
-    merging: Merging, part: SafetensorsCheckpoint, file: IO[bytes], progress: Progress
-) -> None:
-    entries: dict[str, StreamEntry] = {}
-    for name, entry in part.header.entries.items():
-        dtype = _cast_name(merging, entry)
-        entries[name] = (dtype, entry.shape, partial(_stored, merging, part, name))
-    write_safetensors(file, entries, part.metadata, progress=progress)
+def _safetensors_jobs(
+    merging: Merging, part: SafetensorsCheckpoint, file: IO[bytes]
+) -> Iterator[Job]:
+    """The same names, in the same places where no dtype changes: then the header is copied."""
+    header = part.header
+    if merging.dtype is None:
+        start, placed, size = header.start, header.entries, header.size - header.start
+        first = Copied(part.path, 0, start, 0)
+        yield from jobs_of(
+            merging,
+            PlacedFile(file, start + size),
+            [first, *entry_parts(merging, part, placed, start)],
+        )
+        return
+    text, placed, size = place_entries(
+        {n: (stored_name(merging, e), e.shape) for n, e in header.entries.items()},
+        part.metadata,
+        part.path.name,
+    )
+    target = PlacedFile(file, len(text) + size)
+    target.write(text, 0)
+    yield from jobs_of(merging, target, entry_parts(merging, part, placed, len(text)))
 
 
-def _stored(merging: Merging, part: Checkpoint, name: str) -> Tensor:
-    return merging.stored(name, part[name])
-
-
-def _cast_name(merging: Merging, entry: Entry) -> str:
-    import torch
-
-    dtype = getattr(torch, entry.torch_dtype, None)
-    return entry.dtype if dtype is None else _name_of(merging.stored_dtype(dtype))
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return NAMES[str(dtype).removeprefix("torch.")]
-
-
-def _write_pickle(
-    merging: Merging, part: PickleCheckpoint, file: IO[bytes], progress: Progress
-) -> None:
+def _write_pickle(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> None:
     """The same content with the state dict's tensors replaced; ties and all else stay."""
     import torch
 
-    content = _with_replaced(part.content, part.nesting, _new_values(merging, part, progress))
-    torch.save(content, file)
+    values = _new_values(merging, part, lambda *_: None)
+    torch.save(_with_replaced(part.content, part.nesting, values), file)
 
 
 def _new_values(merging: Merging, part: Checkpoint, progress: Progress) -> dict[str, Tensor]:
@@ -117,7 +109,7 @@ def _new_values(merging: Merging, part: Checkpoint, progress: Progress) -> dict[
         alike = frozenset(n for n in (name, *weight.tied) if merging.same_updates(n, name))
         value = shared.get(alike)
         if value is None:
-            stored = merging.stored(name, W)
+            stored = merging.stored(name, W, noted=True)
             value = shared[alike] = stored.clone() if stored is W else stored
         values[name] = value
     return values
@@ -172,12 +164,16 @@ def write_state_dict(
     import torch
 
     entries: dict[str, StreamEntry] = {}
+
+    def content(name: str) -> Tensor:
+        return merging.stored(name, base[name], noted=True)
+
     for name in state_dict:
         dtype = str(base[name].dtype).removeprefix("torch.") if name in base else "no tensor"
         if dtype not in NAMES:
             raise OutputError(path, f"safetensors cannot hold {name}, which is {dtype}")
-        stored = _name_of(merging.stored_dtype(getattr(torch, dtype)))
-        entries[name] = (stored, tuple(base[name].shape), partial(_stored, merging, base, name))
+        stored = name_of(merging.stored_dtype(getattr(torch, dtype)))
+        entries[name] = (stored, tuple(base[name].shape), partial(content, name))
     write_safetensors(file, entries, {"format": "pt"}, progress=progress)
 
 
@@ -186,21 +182,50 @@ def write_directory(
 ) -> list[str]:
     """The whole directory: weights anew, the other files copied. Returns the files' names."""
     rewritten = set(base.parts)
+    if merging.max_shard_size is not None and base.index is not None:
+        rewritten.add(base.index.name)
     try:
         shutil.copytree(base.path, out, dirs_exist_ok=True, ignore=_ignoring(base.path, rewritten))
     except shutil.Error as error:  # a list of (from, to, why)
         source, _, why = error.args[0][0]
         raise OutputError(out, f"{source} cannot be copied ({why})") from error
     out.chmod(out.stat().st_mode | 0o700)  # copytree gave it the base's mode
-    for name, part in base.parts.items():
-        place = out / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("x+b") as file:
-            write_file(merging, part, file, progress)
-        place.chmod(Path(part.path).stat().st_mode & 0o7777 | 0o200)
+    with ExitStack() as files:
+        if merging.max_shard_size is None:
+            jobs = _shard_jobs(merging, base, out, files)
+        else:
+            jobs = resharded_jobs(merging, base, out, files, merging.max_shard_size)
+        run_jobs(jobs, progress)
     if merging.dtype is not None:
         _cast_json(merging, base, out)
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+
+
+def _shard_jobs(
+    merging: Merging, base: DirectoryCheckpoint, out: Path, files: ExitStack
+) -> Iterator[Job]:
+    """The jobs of all shards, each of which is closed as soon as it is written."""
+
+    def finish(file: IO[bytes], part: Checkpoint) -> None:
+        file.close()
+        Path(file.name).chmod(Path(part.path).stat().st_mode & 0o7777 | 0o200)
+
+    for name, part in base.parts.items():
+        place = out / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if merging.link and is_untouched(merging, part) and _link(Path(part.path), place):
+            continue
+        file = files.enter_context(place.open("x+b"))
+        yield from followed(file_jobs(merging, part, file), partial(finish, file, part))
+
+
+def _link(source: Path, place: Path) -> bool:
+    """Make a hard link; False where the file system cannot, or they are of two."""
+    try:
+        place.hardlink_to(source.resolve())
+    except OSError:
+        return False
+    return True
 
 
 def _ignoring(root: Path, names: set[str]) -> Callable[[str, list[str]], Iterable[str]]:
@@ -215,14 +240,14 @@ def _ignoring(root: Path, names: set[str]) -> Callable[[str, list[str]], Iterabl
 
 def _cast_json(merging: Merging, base: DirectoryCheckpoint, out: Path) -> None:
     """The dtype and the sizes that an index and a config.json state."""
-    if base.index is not None:
+    if base.index is not None and merging.max_shard_size is None:
         index = load_json(base.index)
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and "total_size" in metadata:
             metadata["total_size"] = sum(
                 t.numel() * merging.stored_dtype(t.dtype).itemsize for t in base.values()
             )
-            _dump_json(index, out / base.index.name)
+            dump_json(index, out / base.index.name)
     config_path = out / "config.json"
     if config_path.is_file():
         config = load_json(config_path)
@@ -230,10 +255,4 @@ def _cast_json(merging: Merging, base: DirectoryCheckpoint, out: Path) -> None:
         for key in named:
             config[key] = str(merging.dtype).removeprefix("torch.")
         if named:
-            _dump_json(config, config_path)
-
-
-def _dump_json(value: Mapping[str, Any], path: Path) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    # A lone surrogate, which JSON can spell and UTF-8 can't, is written as it was: \ud800.
-    path.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
+            dump_json(config, config_path)

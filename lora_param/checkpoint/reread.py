@@ -47,13 +47,23 @@ def verify_file(
         SafetensorsCheckpoint(written) if is_safetensors else PickleCheckpoint(written, part.key)
     )
     with again:
-        if set(again) != set(part):
-            raise OutputError(place, "read again, it holds other names than the input")
-        for name in part:
-            meant, found = merging.stored(name, part[name]), again[name]
-            if not _same_bits(meant, found):
-                raise OutputError(place, f"read again, {name} is not what was written")
-            tick(meant.numel() * meant.element_size(), name)
+        _compare(merging, part, again, tick, place)
+
+
+def _compare(
+    merging: Merging,
+    base: Checkpoint,
+    again: Checkpoint,
+    tick: Callable[[int, str], None],
+    place: Path,
+) -> None:
+    if set(again) != set(base):
+        raise OutputError(place, "read again, it holds other names than the input")
+    for name in base:
+        meant, found = merging.stored(name, base[name]), again[name]
+        if not _same_bits(meant, found):
+            raise OutputError(place, f"read again, {name} is not what was written")
+        tick(meant.numel() * meant.element_size(), name)
 
 
 def _same_bits(meant: Tensor, found: Tensor) -> bool:
@@ -89,11 +99,16 @@ def verify_directory(
     Raises:
         OutputError: something differs.
     """
-    for name, part in base.parts.items():
-        verify_file(merging, part, written / name, tick, Path(name))
-    rewritten = {*base.parts} | (
-        {"config.json", *([base.index.name] if base.index else [])} if merging.dtype else set()
-    )
+    rewritten, index = {*base.parts}, {base.index.name} if base.index else set()
+    if merging.max_shard_size is None:
+        for name, part in base.parts.items():
+            verify_file(merging, part, written / name, tick, Path(name))
+    else:
+        rewritten |= index
+        with DirectoryCheckpoint(written) as again:
+            _compare(merging, base, again, tick, written)
+    if merging.dtype:
+        rewritten |= {"config.json", *index}
     for path in base.path.rglob("*"):
         name = path.relative_to(base.path).as_posix()
         if path.is_file() and name not in rewritten:

@@ -250,6 +250,13 @@ def bake(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the output again and compare every tensor.")
     ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Divide the weights anew, into files of e.g. 5GB."),
+    ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links for whole files that do not change.")
+    ] = False,
     key: Key = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
@@ -268,6 +275,8 @@ def bake(
             [weighted(text) for text in adapters],
             output,
             dtype=dtype,
+            max_shard_size=max_shard_size,
+            link=link,
             key=key,
             check_fingerprint=not ignore_fingerprint,
             in_place=in_place,

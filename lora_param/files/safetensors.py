@@ -22,6 +22,8 @@ __all__ = [
     "Content",
     "SafetensorsFile",
     "StreamEntry",
+    "entry_size",
+    "place_entries",
     "tensor_bytes",
     "write_safetensors",
 ]
@@ -81,7 +83,8 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
             raise BrokenFileError(self.path, error.strerror or str(error)) from error
         return s.st_ino, s.st_size, s.st_mtime_ns
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """BrokenFileError where it is no longer the file whose header was read."""
         # The data are read through the path, long after the header: offsets of another file
         # would give plausible numbers.
         if self._stat() != self._state:
@@ -93,7 +96,7 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         entry = self.header.entries[name]
         try:
             if self._handle is None:
-                self._check_unchanged()
+                self.check_unchanged()
                 self._handle = safe_open(str(self.path), framework="pt")
             tensor: torch.Tensor = self._handle.get_tensor(name)
         except (SafetensorError, AttributeError, KeyError) as error:
@@ -110,7 +113,7 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         size = np.dtype(dtype).itemsize
         if e.start == e.stop:
             return np.empty(0, dtype)
-        self._check_unchanged()
+        self.check_unchanged()
         return np.memmap(
             self.path,
             dtype,
@@ -167,6 +170,30 @@ def entry_size(dtype: str, shape: tuple[int, ...]) -> int:
     return bits // 8
 
 
+def place_entries(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None,
+    where: object,
+) -> tuple[bytes, dict[str, Entry], int]:
+    """A file's header, where each tensor's data go behind it, and the size of all data.
+
+    Args:
+        entries: name → (dtype, shape).
+        metadata: texts by name.
+        where: what to call the file in messages.
+
+    Raises:
+        OutputError: the header would be too long, or a tensor is named `__metadata__`.
+    """
+    placed: dict[str, Entry] = {}
+    end = 0
+    for name in sorted(entries, key=lambda n: (-_RANK[entries[n][0]], n)):
+        dtype, shape = entries[name]
+        start, end = end, end + entry_size(dtype, shape)
+        placed[name] = Entry(dtype, tuple(shape), start, end)
+    return encode_header(placed.items(), metadata or {}, where), placed, end
+
+
 def write_safetensors(
     target: str | os.PathLike[str] | IO[bytes],
     entries: Mapping[str, StreamEntry],
@@ -203,16 +230,11 @@ def write_safetensors(
         with replace_file(target, force=True, sync=sync) as file:
             return write_safetensors(file, entries, metadata, progress=progress)
     where = getattr(target, "name", "the file")
-    names = sorted(entries, key=lambda n: (-_RANK[entries[n][0]], n))
-    placed: list[tuple[str, Entry]] = []
-    end = 0
-    for name in names:
-        dtype, shape, _ = entries[name]
-        start, end = end, end + entry_size(dtype, shape)
-        placed.append((name, Entry(dtype, tuple(shape), start, end)))
-    header = encode_header(placed, metadata or {}, where)
+    header, placed, end = place_entries(
+        {name: (dtype, shape) for name, (dtype, shape, _) in entries.items()}, metadata, where
+    )
     target.write(header)
-    for name, entry in placed:
+    for name, entry in placed.items():
         data = tensor_bytes(entries[name][2]())
         if len(data) != entry.stop - entry.start:
             raise OutputError(

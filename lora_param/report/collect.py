@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.report.norms import measure
 from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.targets.weights import Weight, count_base
+from lora_param.weight.blocks import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,10 +98,11 @@ def _row(
             factors.get("initial_B"),
         )
     if base_array is not None:
-        values = base_array(name)[region.index].astype(np.float64)
-        weight_norm = float(np.sqrt((values**2).sum()))
+        values = base_array(name)[region.index]
+        weight_norm = _norm(values)
         if measured and settings.variant != "lora":
-            norm = _norm_of_delta(target, factors, values.reshape(region.matrix(base.shape)))
+            wide = values.astype(np.float64).reshape(region.matrix(base.shape))
+            norm = _norm_of_delta(target, factors, wide)
     dead = is_dead(factors, norm, weight_norm)
     if dead and norm is not None:
         norm = 0.0
@@ -121,6 +124,13 @@ def _row(
         spectrum,
         settings.variant,
     )
+
+
+def _norm(values: Array) -> float:
+    """‖W‖: a few rows at a time in the precision it has, and their sum exactly."""
+    flat = values.reshape(-1)
+    parts = (flat[i : i + BLOCK] for i in range(0, flat.size, BLOCK))
+    return math.sqrt(math.fsum(float(np.dot(part, part)) for part in parts))
 
 
 def _lowered(

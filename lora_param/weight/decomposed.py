@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_param.weight.cost import prefers_built
 from lora_param.weight.dora import row_cross, row_norms, row_ratios
 from lora_param.weight.dropout import draw_bits
 from lora_param.weight.factored import (
     down,
     own_scale,
-    prefers_built,
     rescale,
     scaled_product,
     scratch,
@@ -57,7 +57,7 @@ def decomposed_linear(
         return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
     rows = x.reshape(-1, W.shape[1])
     ratios = row_ratios(W, A, B, magnitude, u.scale, squares)
-    if prefers_built(W, rows.shape[0], W.shape[1], (u,)):
+    if prefers_built(W, (u,), rows.shape[0], *W.shape):
         y = F.linear(rows, _build(W, A, B, ratios, u.scale), bias)
     else:
         y = rescale(_undivided(rows, W, bias, A, B, u, _draw(rows, u))[0], bias, ratios)
@@ -143,7 +143,7 @@ class _Decomposed(torch.autograd.Function):
         dx: Tensor | None = None
         dA: Tensor | None = None
         of_norms: Tensor | None = None
-        built = prefers_built(W, g.shape[0], W.shape[0], (u,))
+        built = prefers_built(W, (u,), g.shape[0], W.shape[1], W.shape[0])
         narrow = weighted.to(W.dtype)
         if needs_x and needs_A and not built and g.shape[0] <= _FEW:
             both = torch.cat([(g * ratios).to(W.dtype), narrow]) @ W  # (T + r, n)

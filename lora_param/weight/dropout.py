@@ -8,16 +8,44 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["draw_bits", "keep_probability", "masks"]
+__all__ = ["draw_bits", "dropout", "keep_probability", "masks"]
 
 _LEVELS = 1 << 16  # resolution of the probability
 _BLOCK = 1 << 20  # elements masked at a time on a CPU: what is kept of them is a few megabytes
 _local = threading.local()
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """x with elements dropped and the others scaled up to make up for it, as `F.dropout` does."""
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    bits = draw_bits(rows.shape[0], rows.shape[1], p, x.device)
+    kept: Tensor = _Dropped.apply(rows, bits, 1 / keep_probability(p))  # type: ignore[no-untyped-call]
+    return kept.view(x.shape)
+
+
+class _Dropped(torch.autograd.Function):
+    """Saves the bits alone; its backward is itself, with the same bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(bits)
+        ctx.scale = scale
+        kept = torch.empty_like(x)
+        for start, mask in masks(x, bits):
+            rows = slice(start, start + mask.shape[0])
+            torch.mul(x[rows], mask.mul_(scale), out=kept[rows])
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Dropped.apply(grad, *ctx.saved_tensors, ctx.scale), None, None  # type: ignore[no-untyped-call]
 
 
 def keep_probability(p: float) -> float:
@@ -44,7 +72,7 @@ def draw_bits(rows: int, columns: int, p: float, device: torch.device) -> Tensor
         shifts = torch.arange(7, -1, -1, device=device, dtype=torch.uint8)
         return (keep.view(-1, 8).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
     generator = _seeded()
-    step = _rows_in_block(rows, columns, device) * columns
+    step = max(_rows_in_block(rows, columns, device) * columns, 1)
     packed = []
     for start in range(0, rows * columns, step):
         count = min(step, rows * columns - start)

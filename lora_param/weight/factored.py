@@ -2,13 +2,10 @@
 
 What autograd would do with x Wᵀ + scale·(x Aᵀ) Bᵀ is right but wasteful: it adds whole activations
 together and keeps what dropout made. Here every product accumulates in place, no m × n matrix is
-kept for backward, x is kept once, and each direction chooses between two orders of contraction:
+kept for backward, x is kept once, and each direction chooses by `cost` whether W + ΔW is built into
+a scratch buffer.
 
-- factored, 2·T·r·(m + n) operations: x Wᵀ, then the skinny products;
-- built, 2·m·n·r operations: W + ΔW into a scratch buffer, then one product.
-
-The choice is per shape (RunLoRA, Cherniuk et al. 2023, https://arxiv.org/abs/2312.03415). The
-skinny products have the rank as rows of the left operand, forward as (A xᵀ) and backward as
+The skinny products have the rank as rows of the left operand, forward as (A xᵀ) and backward as
 (Bᵀ gᵀ), both (r, T): a CPU's libraries take up to ten times as long for the other orientation.
 """
 
@@ -22,12 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_param.weight.base import left_product, linear, storage_of
+from lora_param.weight.base import left_product, linear
+from lora_param.weight.cost import prefers_built
 from lora_param.weight.dropout import draw_bits, keep_probability, masks
 from lora_param.weight.update import Update
 
-__all__ = ["composed_linear", "down", "factored_linear", "own_scale", "prefers_built", "rescale"]
-__all__ += ["scaled_product", "scratch", "through_A"]
+__all__ = [
+    "down",
+    "factored_linear",
+    "own_scale",
+    "rescale",
+    "scaled_product",
+    "scratch",
+    "through_A",
+]
 
 _SCRATCH = 64 << 20  # bytes; the most that a thread keeps for building
 _local = threading.local()
@@ -66,51 +71,11 @@ def factored_linear(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def composed_linear(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    updates: Sequence[Update],
-    alpha: Tensor | None = None,
-) -> Tensor:
-    """x (α ∘ W + ΔW)ᵀ + bias out of torch's own operations, for tracing and function transforms.
-
-    α, (m, 1) or (1, n), multiplies W first; None is 1.
-    """
-    of_rows = alpha is not None and alpha.shape[1] == 1
-    read = x if alpha is None or of_rows else (x * alpha[0]).to(x.dtype)
-    y = linear(read, W, bias)  # (*, m)
-    if alpha is not None and of_rows:
-        y = rescale(y, bias, alpha[:, 0])
-    for u in updates:
-        part = x if u.region.columns is None else x[..., slice(*u.region.columns)]
-        if u.dropout:
-            part = F.dropout(part, u.dropout)
-        h = F.linear(part, u.A.to(x.dtype))  # (*, r)
-        z = F.linear(h, u.B.to(x.dtype)) * u.scale  # (*, rows)
-        if u.region.rows is not None:
-            start, stop = u.region.rows
-            z = F.pad(z, (start, y.shape[-1] - stop))
-        y = y + z
-    return y
-
-
 def rescale(y: Tensor, bias: Tensor | None, alpha: Tensor) -> Tensor:
     """α ∘ (y - b) + b, which is y itself, bit for bit, where α is 1. Both broadcast to y."""
     wide = alpha if bias is None else alpha.to(torch.promote_types(alpha.dtype, bias.dtype))
     z = y * wide if bias is None else torch.addcmul(bias - wide * bias, y.to(wide.dtype), wide)
     return z.to(y.dtype)
-
-
-def prefers_built(W: Tensor, rows: int, other: int, updates: Sequence[Update]) -> bool:
-    """Building W + ΔW is cheaper than `rows` skinny products whose output is (rows, other).
-
-    Both are bound by memory: building reads and writes m × n elements, adding to an output reads
-    and writes rows × m. Low precisions are never built: W + ΔW would be rounded.
-    """
-    if rows <= other or W.dtype not in (torch.float32, torch.float64) or storage_of(W):
-        return False
-    return not any(u.dropout for u in updates)
 
 
 def _build(W: Tensor, updates: Sequence[Update], factors: Sequence[Tensor]) -> Tensor:
@@ -149,7 +114,7 @@ def _forward(
     """y (T, m) for x (*, n). `kept` is given, for backward, A xᵀ and each dropout's bits."""
     late = bias if adds_bias_late(x) else None
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, n)
-    if prefers_built(W, x.shape[0], x.shape[1], updates):
+    if prefers_built(W, updates, x.shape[0], W.shape[0], x.shape[1]):
         if kept is not None:
             kept += [None, None] * len(updates)
         return F.linear(x, _build(W, updates, factors), bias)
@@ -220,7 +185,7 @@ class _Linear(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])  # (T, n)
         g = grad  # (T, m)
         again = torch.is_grad_enabled()  # a graph of this backward: nothing may be cut off
-        built = not again and prefers_built(W, g.shape[0], g.shape[1], updates)
+        built = not again and prefers_built(W, updates, g.shape[0], x2.shape[1], g.shape[1])
         dx: Tensor | None = None
         if needs_x:
             dx = g @ _build(W, updates, factors) if built else left_product(g, W)  # (T, n)

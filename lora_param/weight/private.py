@@ -30,7 +30,7 @@ jit_tracing: Callable[[], bool] = torch._C._is_tracing
 parse_to: Callable[..., tuple[Any, ...]] = torch._C._nn._parse_to
 """The device and dtype that arguments of `Tensor.to` mean."""
 
-GROUPED_PRODUCTS: tuple[Callable[..., Any], ...] = tuple(
+GROUPED_PRODUCTS: tuple[Callable[..., torch.Tensor], ...] = tuple(
     getattr(owner, name)
     for owner, name in ((F, "grouped_mm"), (torch, "_grouped_mm"))
     if hasattr(owner, name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_param.targets.regions import WHOLE, Region
 from lora_param.weight.base import dense
+from lora_param.weight.blocks import Index
 from lora_param.weight.precision import compute_dtype
 from lora_param.weight.variants.base import Variant, product
 
@@ -50,6 +51,11 @@ class Update:
         """ΔW in the shape of its region of W."""
         delta = product(self.A, self.B, self.scale, dtype)
         return delta.reshape(self.region.shape(tuple(W.shape)))
+
+    def of_block(self, index: Index) -> Update:
+        """The update of a block of its region, seen as a matrix or a stack: see `blocks_of`."""
+        region = Region(stacked=len(index) > 1)
+        return Update(self.A[index[:-1]], self.B[index], self.scale, region)
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +111,11 @@ class Deferred:
                 alpha = F.pad(alpha, (start, shape[0] - stop), value=1.0)
             alpha = alpha.reshape(*alpha.shape, *[1] * (W.dim() - alpha.dim()))
         return alpha, Update(A, B, scale, region, self.dropout)
+
+    def of_block(self, index: Index) -> Deferred:
+        """As of `Update`, where the variant has blocks."""
+        tensors, region = self.variant.of_block(self.tensors, index), Region(stacked=len(index) > 1)
+        return Deferred(self.variant, tensors, self.scale, self.strength, region)
 
     def of_rows(self, ids: Tensor) -> Deferred:
         """The same update of rows that are gathered from the table W. ids (T,)"""

@@ -225,9 +225,9 @@ def test_in_place(base, adapter):
 
 
 def test_verify_catches_what_is_not_meant(base, adapter, tmp_path, monkeypatch):
-    from lora_param.checkpoint import output
+    from lora_param.checkpoint import streaming
 
-    monkeypatch.setattr(output, "tensor_bytes", lambda t: bytes(t.numel() * t.element_size()))
+    monkeypatch.setattr(streaming, "tensor_bytes", lambda t: bytes(t.numel() * t.element_size()))
     out = tmp_path / "o.safetensors"
     with pytest.raises(OutputError, match="is not what was written"):
         bake_checkpoint(base, [(adapter, 1.0)], out, verify=True)
@@ -415,16 +415,16 @@ def test_a_failure_midway_leaves_all_as_it_was(base, adapter, tmp_path, monkeypa
     from lora_param.checkpoint.merging import Merging
 
     count = 0
-    whole = Merging.stored
+    whole = Merging.merge
 
-    def fails_second(self, name, W):
+    def fails_second(self, *args):
         nonlocal count
         count += 1
         if count == 2:
             raise OSError(28, os.strerror(28))
-        return whole(self, name, W)
+        return whole(self, *args)
 
-    monkeypatch.setattr(Merging, "stored", fails_second)
+    monkeypatch.setattr(Merging, "merge", fails_second)
     before = base.read_bytes()
     with pytest.raises(OutputError, match="No space left"):
         bake_checkpoint(base, [(adapter, 1.0)], in_place=True)
@@ -447,15 +447,15 @@ KILLED = """
 import sys, time
 from lora_param.api_files import bake_checkpoint
 from lora_param.checkpoint.merging import Merging
-whole, count = Merging.stored, 0
-def slow(self, name, W):
+whole, count = Merging.merge, 0
+def slow(self, *args):
     global count
     count += 1
     if count == 2:
         print("midway", flush=True)
         time.sleep(60)
-    return whole(self, name, W)
-Merging.stored = slow
+    return whole(self, *args)
+Merging.merge = slow
 bake_checkpoint(sys.argv[1], sys.argv[2], in_place=True)
 """
 

@@ -15,7 +15,7 @@ import lora_param.weight.rules  # noqa: F401
 from lora_param.targets.regions import WHOLE, Region
 from lora_param.weight import pieces
 from lora_param.weight.adapted import AdaptedWeight, adapted
-from lora_param.weight.rules import conv, einsum, embedding, grouped, matmul
+from lora_param.weight.rules import common, embedding
 from lora_param.weight.update import Update, merge
 
 STACK = Region(stacked=True)
@@ -64,9 +64,8 @@ def never_dense() -> Iterator[None]:
     """Rules take the factored way whatever it costs, and building is an error."""
     error = AssertionError("the weight was built")
     with ExitStack() as stack:
-        for module in (matmul, einsum, conv, grouped):
-            stack.enter_context(mock.patch.object(module, "dense_is_cheaper", return_value=False))
-        stack.enter_context(mock.patch.object(embedding, "_is_dense", return_value=False))
+        for module in (common, embedding):
+            stack.enter_context(mock.patch.object(module, "prefers_built", return_value=False))
         stack.enter_context(mock.patch.object(pieces, "_READ", 0))
         for cls in (AdaptedWeight, *AdaptedWeight.__subclasses__()):
             stack.enter_context(mock.patch.object(cls, "build", side_effect=error))

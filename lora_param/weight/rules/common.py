@@ -1,8 +1,8 @@
-"""What all rules share: when they apply, what dtype they run in, what they cost."""
+"""What all rules share: when they apply, in which dtype they run, and how updates are added."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,21 +11,15 @@ from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, lower
 from lora_param.weight.base import dense, storage_of
+from lora_param.weight.cost import prefers_built
+from lora_param.weight.dropout import dropout
+from lora_param.weight.factored import rescale
 from lora_param.weight.precision import autocasts, exact
 from lora_param.weight.private import forward_level, jit_tracing, transforms_active
 from lora_param.weight.update import NormalForm, Update
 
-__all__ = [
-    "add_into",
-    "autocast",
-    "built",
-    "dense_is_cheaper",
-    "factors",
-    "lowered",
-    "lowered_as_stored",
-    "part",
-]
-__all__ += ["part_of_input", "scaled_base", "stacked_updates", "tracing", "whole"]
+__all__ = ["add_into", "add_updates", "autocast", "built", "factored", "folded"]
+__all__ += ["lowered", "lowered_as_stored", "stacked_updates", "tracing", "whole"]
 
 
 def stacked_updates(weight: AdaptedWeight | NormalForm) -> bool:
@@ -52,9 +46,11 @@ def lowered_as_stored(value: Any) -> NormalForm | None:
         return lower(value)
 
 
-def scaled_base(V: NormalForm) -> Tensor:
-    """α ∘ W in W's dtype, for products that have no place for α of their own."""
-    return V.base if V.alpha is None else (V.base * V.alpha).to(V.base.dtype)
+def folded(V: NormalForm) -> NormalForm:
+    """The same with α ∘ W for W, in its dtype, for products with no place for α of their own."""
+    if V.alpha is None:
+        return V
+    return NormalForm((V.base * V.alpha).to(V.base.dtype), V.updates, None)
 
 
 def built(value: Any) -> Any:
@@ -92,20 +88,16 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
     return [cast(t) for t in tensors]
 
 
-def factors(u: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and B in the dtype that the product runs in."""
-    return u.A.to(dtype), u.B.to(dtype)
-
-
 def part(t: Tensor, span: tuple[int, int] | None, dim: int) -> Tensor:
     """A view of what lies within a range of one dimension."""
     return t if span is None else t.narrow(dim, span[0], span[1] - span[0])
 
 
-def part_of_input(x: Tensor, u: Update, dim: int) -> Tensor:
-    """What an update reads of x, whose inputs lie along `dim`, after its dropout."""
-    x = part(x, u.region.columns, dim)
-    return F.dropout(x, u.dropout) if u.dropout else x
+def dropped(x: Tensor, p: float) -> Tensor:
+    """x after dropout: torch's own, where a graph of its operations is being made."""
+    if not p:
+        return x
+    return F.dropout(x, p) if tracing() else dropout(x, p)
 
 
 def add_into(
@@ -125,25 +117,72 @@ def add_into(
     return y + z
 
 
-def dense_is_cheaper(V: NormalForm, rows: int, m: int, n: int) -> bool:
-    """Building W + ΔW costs less than `rows` passes through its factors.
+def add_updates(
+    y: Tensor,
+    x: Tensor,
+    updates: Sequence[Update],
+    product: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    dim: int = -1,
+    by_rows: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """y with each update's product with x added: the factored half of every rule.
 
-    Counted in multiplications, with m × n the matrix and r the ranks together: the factors take
-    rows·r·(m + n), the build m·n·r. Training pays each three times, and a built weight needs its
-    own gradient besides, rows·m·n, where W itself is frozen. Low precisions are never built here,
-    which would round W + ΔW, nor is a weight with dropout, whose input a built one does not see.
-    A trace counts as training: it is run with gradients, however it was recorded.
+    Args:
+        y: the product of x with W.
+        x: the other operand.
+        updates: what is added to W.
+        product: of what an update reads of x after its dropout, with A and B, all in x's dtype.
+        dim: the dimension (negative) of W's inputs in x, and of its outputs in y.
+        by_rows: W's rows are its inputs, as in x W; otherwise its columns, as in W x.
+        scale: multiplies what is added.
     """
-    low = V.base.dtype not in (torch.float32, torch.float64)
-    if low or any(u.dropout for u in V.updates):
-        return False
-    r = sum(u.A.shape[-2] for u in V.updates)
-    lazy, dense = rows * r * (m + n), m * n * r
-    if (torch.is_grad_enabled() and _trains(V)) or _traced():
-        lazy, dense = 3 * lazy, 3 * dense
-        if not V.base.requires_grad:
-            dense += rows * m * n
-    return lazy > dense
+    for u in updates:
+        reads, adds = u.region.columns, u.region.rows
+        if by_rows:
+            reads, adds = adds, reads
+        read = dropped(part(x, reads, dim), u.dropout)
+        z = product(read, u.A.to(x.dtype), u.B.to(x.dtype))
+        y = add_into(y, z, u.scale * scale, adds, dim)
+    return y
+
+
+def factored(
+    V: NormalForm,
+    x: Any,
+    base: Callable[..., Tensor],
+    product: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *others: Tensor | None,
+    rows: int,
+    dim: int = -1,
+    by_rows: bool = False,
+    scale: float = 1.0,
+    added: Tensor | None = None,
+) -> Any:
+    """What an operation gives with V as W and factors; NotImplemented where building is cheaper.
+
+    Args:
+        V: the weight.
+        x: the operand that it is multiplied with.
+        base: the operation, of x, W and `others`.
+        product: see `add_updates`, also for `dim`, `by_rows` and `scale`.
+        *others: further operands of `base`, cast as autocast would.
+        rows: vectors in x for each matrix of V.
+        added: what `base` adds to the product, broadcastable to it.
+    """
+    m, n = matrix_of(V)
+    training = (torch.is_grad_enabled() and _trains(V)) or _traced()
+    gradient = training and not V.base.requires_grad
+    if prefers_built(V.base, V.updates, rows, m, n, both=True, gradient=gradient):
+        return NotImplemented
+    x, W, *others_cast = autocast(built(x), V.base, *others)
+    alpha = None if V.alpha is None else _along(dim, V.alpha, stacked_updates(V))
+    of_inputs = V.alpha is not None and by_rows == (V.alpha.shape[-1] == 1)
+    y = base((x * alpha).to(x.dtype) if of_inputs else x, W, *others_cast)
+    if alpha is not None and not of_inputs:
+        y = rescale(y, added, alpha)
+    return add_updates(y, x, V.updates, product, dim=dim, by_rows=by_rows, scale=scale)
 
 
 def _trains(V: NormalForm) -> bool:
@@ -151,6 +190,19 @@ def _trains(V: NormalForm) -> bool:
     if V.base.requires_grad or (V.alpha is not None and V.alpha.requires_grad):
         return True
     return any(t.requires_grad for u in V.updates for t in (u.A, u.B))
+
+
+def _along(dim: int, alpha: Tensor, stacked: bool) -> Tensor:
+    """α as it multiplies a dimension (negative) of an operand or of the result."""
+    if not stacked:
+        return alpha.reshape(-1, *[1] * (-dim - 1))
+    return alpha.flatten(1).unsqueeze(1 if dim == -1 else 2)  # (E, 1, n) or (E, m, 1)
+
+
+def matrix_of(V: NormalForm) -> tuple[int, int]:
+    """Rows and columns of its matrices: of each in a stack, else with all but the rows flat."""
+    *_, m, n = V.base.shape if stacked_updates(V) else (len(V.base), V.base[0].numel())
+    return m, n
 
 
 def whole(updates: Sequence[Update]) -> bool:

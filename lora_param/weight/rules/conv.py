@@ -17,17 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
-from lora_param.weight.factored import rescale
-from lora_param.weight.rules.common import (
-    add_into,
-    autocast,
-    built,
-    dense_is_cheaper,
-    factors,
-    lowered,
-    part,
-    part_of_input,
-)
+from lora_param.weight.rules.common import factored, lowered
 from lora_param.weight.update import NormalForm
 
 __all__: list[str] = []
@@ -58,14 +48,12 @@ def _applying(input: Any, weight: Any, bias: Any, groups: Any) -> NormalForm | N
     return lowered(weight)
 
 
-def _over_channels(t: Tensor, spatial: int) -> Tensor:
-    """A number for each channel, to be multiplied with (*, channels, S)."""
-    return t.reshape(-1, *[1] * spatial)
+def _pointwise(matrix: Tensor, spatial: int) -> Tensor:
+    """The kernel that multiplies the channels of each position with a matrix."""
+    return matrix.reshape(*matrix.shape, *[1] * spatial)
 
 
 def _rule(conv: _Conv, spatial: int) -> Callable[..., Any]:
-    channel = -spatial - 1
-
     def rule(
         input: Any,
         weight: Any,
@@ -79,28 +67,24 @@ def _rule(conv: _Conv, spatial: int) -> Callable[..., Any]:
         V = _applying(input, weight, bias, groups)
         if V is None:
             return NotImplemented
-        x, (m, n, *k) = built(input), V.base.shape
-        if dense_is_cheaper(V, _rows(x, V, stride, n), m, n * prod(k)):
-            return NotImplemented
-        x, W, bias = autocast(x, V.base, bias)
-        y = conv(x, W, bias, stride, padding, dilation)  # (*, out, S')
-        if V.alpha is not None:
-            shift = None if bias is None else _over_channels(bias, spatial)
-            y = rescale(y, shift, _over_channels(V.alpha, spatial))
-        for u in V.updates:
-            A, B = factors(u, x.dtype)
-            A = A.reshape(A.shape[0], -1, *k)  # (r, in, k)
-            h = conv(part_of_input(x, u, channel), A, None, stride, padding, dilation)  # (*, r, S')
-            z = conv(h, B.reshape(*B.shape, *[1] * spatial))  # (*, out, S')
-            y = add_into(y, z, u.scale, u.region.rows, channel)
-        return y
+        _, n, *k = V.base.shape
+        places = stride, padding, dilation
+
+        def base(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+            return conv(x, W, b, *places)  # (*, out, S')
+
+        def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            h = conv(x, A.reshape(A.shape[0], -1, *k), None, *places)  # (*, r, S')
+            return conv(h, _pointwise(B, spatial))  # (*, out, S')
+
+        rows, dim = _rows(input, V, stride, n), -spatial - 1
+        shift = None if bias is None else bias.reshape(-1, *[1] * spatial)
+        return factored(V, input, base, product, bias, rows=rows, dim=dim, added=shift)
 
     return rule
 
 
 def _transposed_rule(conv: _Conv, spatial: int) -> Callable[..., Any]:
-    channel = -spatial - 1
-
     def rule(
         input: Any,
         weight: Any,
@@ -115,22 +99,18 @@ def _transposed_rule(conv: _Conv, spatial: int) -> Callable[..., Any]:
         V = _applying(input, weight, bias, groups)
         if V is None:
             return NotImplemented
-        x, (m, n, *k) = built(input), V.base.shape
-        if dense_is_cheaper(V, _rows(x, V, 1, m), m, n * prod(k)):
-            return NotImplemented
-        x, W, bias = autocast(x, V.base, bias)
-        scaled = x if V.alpha is None else (x * _over_channels(V.alpha, spatial)).to(x.dtype)
-        y = conv(scaled, W, bias, stride, padding, output_padding, 1, dilation)  # (*, out, S')
-        for u in V.updates:
-            A, B = factors(u, x.dtype)
-            A = A.reshape(A.shape[0], -1, *k)  # (r, out, k)
-            read = part(x, u.region.rows, channel)
-            if u.dropout:
-                read = F.dropout(read, u.dropout)
-            h = _CONV[spatial](read, B.t().reshape(*B.t().shape, *[1] * spatial))  # (*, r, S)
-            z = conv(h, A, None, stride, padding, output_padding, 1, dilation)  # (*, out, S')
-            y = add_into(y, z, u.scale, u.region.columns, channel)
-        return y
+        m, _, *k = V.base.shape
+        places = stride, padding, output_padding, 1, dilation
+
+        def base(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+            return conv(x, W, b, *places)  # (*, out, S')
+
+        def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            h = _CONV[spatial](x, _pointwise(B.t(), spatial))  # (*, r, S)
+            return conv(h, A.reshape(A.shape[0], -1, *k), None, *places)  # (*, out, S')
+
+        rows, dim = _rows(input, V, 1, m), -spatial - 1
+        return factored(V, input, base, product, bias, rows=rows, dim=dim, by_rows=True)
 
     return rule
 

@@ -7,21 +7,10 @@ import string
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
-from lora_param.weight.rules.common import (
-    add_into,
-    autocast,
-    built,
-    dense_is_cheaper,
-    factors,
-    lowered,
-    scaled_base,
-    stacked_updates,
-    whole,
-)
+from lora_param.weight.rules.common import built, factored, folded, lowered, stacked_updates, whole
 from lora_param.weight.update import NormalForm
 
 __all__: list[str] = []
@@ -72,18 +61,16 @@ def _contract(
     sizes = V.base.shape[-1] if summed == q else V.base.shape[-2]
     shared = [e for e in stack if e in ins]
     rows = x.numel() // max(sizes * (V.base.shape[0] if shared else 1), 1)
-    if dense_is_cheaper(V, rows, V.base.shape[-2], V.base.shape[-1]):
-        return NotImplemented
     r = next(c for c in string.ascii_letters if c not in equation)
     middle = ins.replace(summed, r) + "".join(e for e in stack if e not in ins)
     other = p if summed == q else q
-    x, base = autocast(x, scaled_base(V))
-    y = torch.einsum(equation, *((x, base) if after else (base, x)))
-    for u in V.updates:
-        A, B = factors(u, y.dtype)
-        A_, B_ = (A, B) if summed == q else (B.mT, A.mT)  # (*, r, summed), (*, other, r)
-        part = F.dropout(x, u.dropout) if u.dropout else x
-        h = torch.einsum(f"{ins},{stack}{r}{summed}->{middle}", part, A_)  # x's, r for the summed
-        z = torch.einsum(f"{middle},{stack}{other}{r}->{out}", h, B_)  # the output's
-        y = add_into(y, z, u.scale, None, -1)
-    return y
+
+    def base(x: Tensor, W: Tensor) -> Tensor:
+        return torch.einsum(equation, *((x, W) if after else (W, x)))
+
+    def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        first, second = (A, B) if summed == q else (B.mT, A.mT)  # (*, r, summed), (*, other, r)
+        h = torch.einsum(f"{ins},{stack}{r}{summed}->{middle}", x, first)  # x's, r for the summed
+        return torch.einsum(f"{middle},{stack}{other}{r}->{out}", h, second)  # the output's
+
+    return factored(folded(V), x, base, product, rows=rows)

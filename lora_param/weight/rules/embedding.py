@@ -6,6 +6,7 @@ Dropout has no place here, as there is no input: it is left out, which is what t
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,20 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.cost import prefers_built
 from lora_param.weight.precision import exact
-from lora_param.weight.rules.common import add_into, factors, lowered
+from lora_param.weight.rules.common import add_into, add_updates, lowered
 from lora_param.weight.update import NormalForm, Update
 
 __all__: list[str] = []
 
 _NO_DROPOUT = "dropout has no effect on an embedding: it acts on the input of A, and ids are none"
-
-
-def _is_dense(weight: AdaptedWeight | NormalForm, rows: int) -> bool:
-    """More rows are asked for than the table has. A low precision is not built, but rounded once
-    for each product."""
-    low = weight.base.dtype not in (torch.float32, torch.float64)
-    return rows > weight.base.shape[0] and not low
 
 
 def _rows_of_B(ids: Tensor, u: Update, B: Tensor) -> Tensor:
@@ -36,6 +31,10 @@ def _rows_of_B(ids: Tensor, u: Update, B: Tensor) -> Tensor:
     start, stop = u.region.rows
     inside = (ids >= start) & (ids < stop)
     return F.embedding((ids - start).clamp(0, stop - start - 1), B) * inside.unsqueeze(-1)
+
+
+def _prefers_built(W: Tensor, ids: Tensor) -> bool:
+    return prefers_built(W, (), ids.numel(), W.shape[1], W.shape[0])
 
 
 def _warn(weight: AdaptedWeight | NormalForm) -> None:
@@ -62,7 +61,7 @@ def embedding(
         return NotImplemented
     if max_norm is not None or scale_grad_by_freq or sparse or isinstance(input, AdaptedWeight):
         return NotImplemented
-    if _is_dense(weight, input.numel()):
+    if _prefers_built(weight.base, input):
         return NotImplemented
     y = F.embedding(input, weight.base, padding_idx)  # (*, D)
     with exact(y):
@@ -143,7 +142,7 @@ def embedding_bag(
     V = lowered(weight)
     if V is None or V.alpha is not None or V.base.dim() != 2 or isinstance(input, AdaptedWeight):
         return NotImplemented
-    if _is_dense(V, input.numel()) or any(u.region.rows for u in V.updates):
+    if _prefers_built(V.base, input) or any(u.region.rows for u in V.updates):
         return NotImplemented
     _warn(V)
 
@@ -161,7 +160,6 @@ def embedding_bag(
 
     y = bags(V.base)  # (bags, D)
     with exact(y):
-        for u in V.updates:
-            A, B = factors(u, y.dtype)
-            y = add_into(y, bags(B) @ A, u.scale, u.region.columns, -1)  # (bags, D)
-    return y
+        updates = [replace(u, dropout=0.0) for u in V.updates]
+        # (bags, D)
+        return add_updates(y, y, updates, lambda _, A, B: bags(B) @ A, by_rows=True)

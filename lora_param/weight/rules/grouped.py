@@ -15,16 +15,7 @@ from torch.overrides import get_overridable_functions
 
 from lora_param.weight.adapted import implements
 from lora_param.weight.private import GROUPED_PRODUCTS
-from lora_param.weight.rules.common import (
-    add_into,
-    built,
-    dense_is_cheaper,
-    factors,
-    lowered,
-    part_of_input,
-    scaled_base,
-    stacked_updates,
-)
+from lora_param.weight.rules.common import factored, folded, lowered, stacked_updates
 
 __all__: list[str] = []
 
@@ -48,16 +39,16 @@ def grouped_mm(
         return NotImplemented
     if bias is not None or mat_a.dim() != 2:
         return NotImplemented
-    count, k, n = V.base.shape
-    if dense_is_cheaper(V, mat_a.shape[0] // max(count, 1), k, n):
-        return NotImplemented
-    x = built(mat_a)
-    y = GROUPED_PRODUCTS[0](x, scaled_base(V), offs=offs, out_dtype=out_dtype)  # (S, n)
-    for u in V.updates:
-        A, B = factors(u, x.dtype)
+
+    def base(x: Tensor, W: Tensor) -> Tensor:
+        return GROUPED_PRODUCTS[0](x, W, offs=offs, out_dtype=out_dtype)  # (S, n)
+
+    def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         fill = -A.shape[-2] % (_ALIGNMENT // x.element_size())
         if fill:
             A, B = F.pad(A, (0, 0, 0, fill)), F.pad(B, (0, fill))
-        h = GROUPED_PRODUCTS[0](part_of_input(x, u, -1), B, offs=offs)  # (S, r)
-        y = add_into(y, GROUPED_PRODUCTS[0](h, A, offs=offs), u.scale, None, -1)  # (S, n)
-    return y
+        h = GROUPED_PRODUCTS[0](x, B, offs=offs)  # (S, r)
+        return GROUPED_PRODUCTS[0](h, A, offs=offs)  # (S, n)
+
+    rows = mat_a.shape[0] // max(V.base.shape[0], 1)
+    return factored(folded(V), mat_a, base, product, rows=rows, by_rows=True)

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.base import linear as base_linear
 from lora_param.weight.base import storage_of
-from lora_param.weight.factored import composed_linear, factored_linear
+from lora_param.weight.factored import factored_linear, rescale
 from lora_param.weight.precision import autocasts, exact
-from lora_param.weight.rules.common import autocast, built, lowered_as_stored, tracing
+from lora_param.weight.rules.common import add_updates, autocast, built, lowered_as_stored, tracing
 from lora_param.weight.update import Deferred, NormalForm
 
-__all__ = ["product"]
+__all__ = ["composed", "product"]
 
 
 @implements(F.linear)
@@ -53,12 +54,23 @@ def product(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
     Returns:
         Shape (*, m).
     """
-    W, updates, alpha = V
     if tracing():
-        return composed_linear(x, W, bias, updates, alpha)
+        return composed(x, V, bias)
+    W = V.base
     if autocasts(x):
         x, W, bias = autocast(x, W, bias)
-    if alpha is not None:  # in rows: torch itself folds x only where W trains, with other bits
-        y = composed_linear(x.reshape(-1, x.shape[-1]), W, bias, updates, alpha)
+    if V.alpha is not None:  # in rows: torch itself folds x only where W trains, with other bits
+        y = composed(x.reshape(-1, x.shape[-1]), V._replace(base=W), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
-    return factored_linear(x, W, bias, updates)
+    return factored_linear(x, W, bias, V.updates)
+
+
+def composed(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
+    """As `product`, out of torch's own operations. α is (m, 1) or (1, n)."""
+    W, updates, alpha = V
+    of_rows = alpha is not None and alpha.shape[1] == 1
+    read = x if alpha is None or of_rows else (x * alpha[0]).to(x.dtype)
+    y = base_linear(read, W, bias)  # (*, m)
+    if alpha is not None and of_rows:
+        y = rescale(y, bias, alpha[:, 0])
+    return add_updates(y, x, updates, lambda x, A, B: F.linear(F.linear(x, A), B))

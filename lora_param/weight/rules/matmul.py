@@ -11,21 +11,10 @@ import torch
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
-from lora_param.weight.rules.common import (
-    add_into,
-    autocast,
-    built,
-    dense_is_cheaper,
-    factors,
-    lowered,
-    part_of_input,
-    scaled_base,
-    stacked_updates,
-    tracing,
-)
+from lora_param.weight.rules.common import built, factored, lowered, stacked_updates, tracing
 from lora_param.weight.rules.linear import product
 from lora_param.weight.rules.views import transposed
-from lora_param.weight.update import NormalForm, Update
+from lora_param.weight.update import NormalForm
 
 __all__: list[str] = []
 
@@ -60,39 +49,29 @@ def _right(x: Tensor, V: NormalForm, bias: Tensor | None = None) -> Tensor:
     return product(x, W, bias)
 
 
-# --- what the factors add to a product that is there already ----------------------------------
+# --- products with stacks, and V x ------------------------------------------------------------
 
 
-def _add_right(y: Tensor, x: Tensor, V: NormalForm, alpha: float = 1.0) -> Tensor:
-    """y + alpha·x ΔV. x (*, T, k), V (k, n) or (E, k, n), y (*, T, n)."""
-    for u in V.updates:
-        A, B = factors(u, y.dtype)
-        h = _dropped(x, u.region.rows, u) @ B  # (*, T, r)
-        y = add_into(y, h @ A, u.scale * alpha, u.region.columns, -1)  # (*, T, n)
-    return y
+def _product(
+    V: NormalForm, x: Any, base: Callable[..., Tensor], *others: Tensor, right: bool, **options: Any
+) -> Any:
+    """x V for x (*, T, k) and V (k, n) or (E, k, n); or V x for V (m, k) or (E, m, k), x (*, k, T).
+
+    `base` takes both operands in their order, and `others`; `options` are those of `factored`.
+    """
+    k = V.base.shape[-2 if right else -1]
+    options["rows"] = x.numel() // max(k * prod(V.base.shape[:-2]), 1)
+    if right:
+        return factored(V, x, base, _through_B, *others, by_rows=True, **options)
+    return factored(V, x, lambda x, W, *y: base(W, x, *y), _through_A, *others, dim=-2, **options)
 
 
-def _dropped(x: Tensor, span: tuple[int, int] | None, u: Update) -> Tensor:
-    """What x V reads of x (*, k): V's rows are its inputs."""
-    return part_of_input(x, replace(u, region=replace(u.region, rows=None, columns=span)), -1)
+def _through_B(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return (x @ B) @ A  # (*, T, r), then (*, T, n)
 
 
-def _add_left(y: Tensor, x: Tensor, V: NormalForm, alpha: float = 1.0) -> Tensor:
-    """y + alpha·ΔV x. V (m, k) or (E, m, k), x (*, k, T), y (*, m, T)."""
-    for u in V.updates:
-        A, B = factors(u, y.dtype)
-        h = A @ part_of_input(x, u, -2)  # (*, r, T)
-        y = add_into(y, B @ h, u.scale * alpha, u.region.rows, -2)  # (*, m, T)
-    return y
-
-
-def _rows(x: Tensor, k: int, V: NormalForm) -> int:
-    """Vectors of size k in x, for each matrix of V."""
-    return x.numel() // max(k * prod(V.base.shape[:-2]), 1)
-
-
-def _is_dense(x: Tensor, V: NormalForm, k: int) -> bool:
-    return dense_is_cheaper(V, _rows(x, k, V), V.base.shape[-2], V.base.shape[-1])
+def _through_A(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return B @ (A @ x)  # (*, r, T), then (*, m, T)
 
 
 # --- rules ------------------------------------------------------------------------------------
@@ -106,22 +85,16 @@ def _matmul(x: Any, y: Any) -> Any:
             return NotImplemented
         if V.base.dim() == 2:
             return _right(x, V)
-        if stacked_updates(V) and x.dim() >= 2 and not _is_dense(x, V, V.base.shape[-2]):
-            x, base = autocast(x, scaled_base(V))
-            return _add_right(torch.matmul(x, base), x, V)
+        if stacked_updates(V) and x.dim() >= 2:
+            return _product(V, x, torch.matmul, right=True)
         return NotImplemented
     V = lowered(x)
     if V is None or isinstance(y, AdaptedWeight) or y.dim() == 0:
         return NotImplemented
     if V.base.dim() == 2 and y.dim() == 1:
         return product(y, V, None)
-    if (
-        (V.base.dim() == 2 or stacked_updates(V))
-        and y.dim() >= 2
-        and not _is_dense(y, V, V.base.shape[-1])
-    ):
-        y, base = autocast(y, scaled_base(V))
-        return _add_left(torch.matmul(base, y), y, V)
+    if (V.base.dim() == 2 or stacked_updates(V)) and y.dim() >= 2:
+        return _product(V, y, torch.matmul, right=False)
     return NotImplemented
 
 
@@ -217,11 +190,9 @@ def _added(
     V, other = (lowered(y), built(x)) if right else (lowered(x), y)
     if V is None:
         return NotImplemented
-    if _is_dense(other, V, V.base.shape[-2] if right else V.base.shape[-1]):
-        return NotImplemented
-    start, other, base = autocast(input, other, scaled_base(V))
-    if right:
-        total = operation(start, other, base, beta=beta, alpha=alpha)
-        return _add_right(total, other, V, alpha)
-    total = operation(start, base, other, beta=beta, alpha=alpha)
-    return _add_left(total, other, V, alpha)
+
+    def base(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
+        return operation(start, a, b, beta=beta, alpha=alpha)
+
+    added = input * beta if V.alpha is not None and beta else None
+    return _product(V, other, base, input, right=right, scale=alpha, added=added)

@@ -7,6 +7,7 @@ normal form, which products use without building the weight. Both must agree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_param.weight.blocks import BLOCK, Index, blocks_of
 from lora_param.weight.precision import exact
 
 __all__ = ["Fresh", "Lowered", "Tensors", "Variant", "product"]
@@ -70,10 +72,13 @@ class Variant:  # its methods are defaults, which have no use for all they are g
         by_rows: names of the tensors whose first dimension is the rows of W, where each row of the
             update depends on that row of W and of these tensors alone; empty where it does not.
             A gather from a table lowers the gathered rows only.
+        has_blocks: the update of some rows of W needs no more of W than these rows, so that a file
+            is baked a block at a time (see `blocks_of`); otherwise with all of W in memory.
     """
 
     uses_W = True
     by_rows: tuple[str, ...] = ()
+    has_blocks = False
 
     def fresh(self, make: Fresh) -> dict[str, Tensor]:
         """Tensors of a new adapter, whose update is zero."""
@@ -112,6 +117,10 @@ class Variant:  # its methods are defaults, which have no use for all they are g
         assert lowered is not None
         return product(lowered.A, lowered.B, lowered.scale, W.dtype)
 
+    def of_block(self, tensors: Tensors, index: Index) -> Tensors:
+        """The tensors that make the update of a block of W by `delta`; see `has_blocks`."""
+        return {n: t[index if n in self.by_rows else index[:-1]] for n, t in tensors.items()}
+
     def known(self, W: Tensor) -> Tensor | None:
         """What `lower` needs of W alone, to be kept while W does not change. W (*, m, n)."""
         return None
@@ -143,7 +152,21 @@ class Variant:  # its methods are defaults, which have no use for all they are g
 def product(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale·(B @ A), computed in `dtype` whatever autocast says. (*, out, in)
 
-    Both factors are made contiguous first, so that the bits do not depend on how they are stored.
+    Both factors are made contiguous first, and the product is made by `blocks_of`, so that the bits
+    depend neither on how they are stored nor on whether all of it is made at once.
     """
     with exact(A):
-        return (B.to(dtype).contiguous() @ A.to(dtype).contiguous()) * scale
+        A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
+        if isinstance(scale, float) and abs(math.frexp(scale)[0]) == 0.5:  # a power of two
+            return _by_blocks(B * scale, A)  # the same bits, and one pass over the product less
+        return _by_blocks(B, A) * scale
+
+
+def _by_blocks(B: Tensor, A: Tensor) -> Tensor:
+    """B @ A. (*, m, r), (*, r, n) → (*, m, n)"""
+    shape = (*B.shape[:-1], A.shape[-1])
+    if B.device.type != "cpu" or torch.compiler.is_compiling() or math.prod(shape) <= BLOCK:
+        return B @ A
+    # joined by cat, for that is differentiable and known to all of torch's transforms
+    blocks = [(B[index] @ A[index[:-1]]).reshape(-1) for index in blocks_of(shape)]
+    return torch.cat(blocks).reshape(shape)

@@ -28,6 +28,7 @@ __all__ = ["VARIANT"]
 
 class _DoRA(Variant):
     by_rows = ("lora_B", "magnitude")
+    has_blocks = True
 
     def fresh(self, make: Fresh) -> dict[str, Tensor]:
         magnitude = row_norms(row_squares(make.W())).to(make.dtype)  # (*, m)

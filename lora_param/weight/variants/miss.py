@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_param.weight.blocks import Index
 from lora_param.weight.variants.base import Fresh, Lowered, Tensors, Variant
 
 __all__ = ["VARIANT"]
 
 
 class _MiSS(Variant):  # uses W's shape
+    has_blocks = True
+
     def fresh(self, make: Fresh) -> dict[str, Tensor]:
         return {"lora_M": make.zeros("lora_M")}
 
@@ -30,6 +33,10 @@ class _MiSS(Variant):  # uses W's shape
         rank, columns = M.shape[-2], torch.arange(W.shape[-1], device=M.device)
         A = (columns % rank == torch.arange(rank, device=M.device).unsqueeze(-1)).to(M.dtype)
         return Lowered(None, A.expand(*M.shape[:-2], *A.shape), M.mT, scale * strength)
+
+    def of_block(self, tensors: Tensors, index: Index) -> Tensors:
+        *stack, rows = index
+        return {"lora_M": tensors["lora_M"][(*stack, slice(None), rows)]}  # (*, r, m)
 
 
 VARIANT = _MiSS()
