@@ -1,14 +1,16 @@
 """The suite over versions of torch and Python, each in a fresh environment that `uv` makes.
 
-    python tests/versions.py 2.13.0:3.11 2.13.0:3.13 2.14.1:3.11 -- -n 2
+    python tests/versions.py 2.13.0:3.11 2.13.0:3.13 2.14.1:3.11 --write -- -n 2
 
 Each argument is TORCH:PYTHON, a version or a path for the latter; what follows `--` goes to pytest
-after what it is given anyway. The README's table is brought up to date, a row for each environment.
+after what it is given anyway. `--write` brings the README's table up to date, a row for each
+environment, and is meant for whole runs.
 The tests that train examples and open a browser are left out: no torch decides about them.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -79,13 +81,24 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
 
 
+def main() -> bool:
+    """Run what the command line asks for; something failed."""
+    parser = argparse.ArgumentParser(description="The suite over versions of torch and Python.")
+    parser.add_argument("environments", nargs="+", metavar="TORCH:PYTHON")
+    parser.add_argument("--write", action="store_true", help="the rows into the README's table")
+    own, arguments = sys.argv[1:], []
+    if "--" in own:
+        own, arguments = own[: own.index("--")], own[own.index("--") + 1 :]
+    options = parser.parse_args(own)
+    rows = []
+    for text in options.environments:
+        torch, _, python = text.partition(":")
+        rows.append(run(torch, python, arguments))
+        print(*rows[-1], flush=True)
+    if options.write:
+        README.write_text(updated(README.read_text(), rows))
+    return any(row[3] for row in rows)
+
+
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    wanted, arguments = words, []
-    if "--" in words:
-        wanted, arguments = words[: words.index("--")], words[words.index("--") + 1 :]
-    rows = [run(*pair.split(":", 1), arguments) for pair in wanted]  # type: ignore[arg-type]
-    README.write_text(updated(README.read_text(), rows))
-    for one in rows:
-        print(*one)
-    sys.exit(any(one[3] for one in rows))
+    sys.exit(main())
