@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_param.adapter import Adapter as Adapter
+    from lora_param.api import convert as convert
     from lora_param.api import disable as disable
     from lora_param.api import enable as enable
     from lora_param.api import load as load
@@ -83,6 +84,7 @@ _HOMES = {
     "cached": "model.switching",
     "check": "consumers.check",
     "combine": "arithmetic.combine",
+    "convert": "api",
     "diff": "arithmetic.diff",
     "disable": "api",
     "disabled": "model.switching",

@@ -6,12 +6,12 @@ and the fingerprint of the base it was made on. It never computes anything on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from lora_param.errors import FingerprintError, MismatchError, OptionError
+from lora_param.errors import FingerprintError, MismatchError, NonFiniteError, OptionError
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
@@ -24,10 +24,18 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterTarget",
+    "Host",
+    "Layer",
+    "LazyTensors",
     "check_fit",
     "check_name",
     "is_dead",
 ]
+
+
+Layer = Literal["", "linear", "conv1d", "embedding", "conv", "attention", "parameter", "in_first"]
+"""The kind of layer that has a weight, "" where it is not known. `conv1d` is transformers' Linear
+with W as (in, out); `parameter` is any other (*, out, in), `in_first` any other (*, in, out)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class AdapterTarget:
         enabled: the update takes part in the weight.
         also: further names of the same (tied) tensor that share the factors.
         apart: further names of the same tensor that keep the base.
+        layer: what kind of layer has the weight, where a file of another tool tells it.
     """
 
     target: Target
@@ -49,6 +58,12 @@ class AdapterTarget:
     enabled: bool = True
     also: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    layer: Layer = ""
+
+    def __post_init__(self) -> None:
+        if self.target.region.picked is not None and self.settings.variant != "copy":
+            accepted = "copy, for single rows that are picked"
+            raise OptionError(f"variant of {self.target}", self.settings.variant, accepted)
 
     @property
     def scale(self) -> float:
@@ -61,18 +76,66 @@ class AdapterTarget:
         return cls(planned.target, planned.settings, also=planned.also, apart=planned.apart)
 
 
+@dataclass(frozen=True)
+class Host:
+    """A base that is at hand, live or in a file.
+
+    Attributes:
+        name: what to call it in messages.
+        weights: its weights by name, with the classes of their modules where they are known.
+        value: gives a weight's numbers, dense; for what depends on them.
+    """
+
+    name: str
+    weights: Mapping[str, Weight]
+    value: Callable[[str], Tensor]
+
+
+class LazyTensors(Mapping[str, "Tensor"]):
+    """Tensors that are made when they are asked for, such as another tool's in our layout.
+
+    >>> LazyTensors({"a": lambda: torch.zeros(2)})["a"].shape
+    torch.Size([2])
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+
 @dataclass
 class Adapter:
     """A named set of factors and settings over targets.
+
+    An adapter of another tool may leave open what only its base tells: whether a weight is stored
+    as (out, in), what its parameters are called, or which values an update is relative to. Until
+    `on` has been given the base, it is what the file says: targets, scales and norms hold, the
+    layout of W may not.
 
     Attributes:
         targets: settings, by target key (the weight's full name with its slice).
         tensors: what each target's variant trains, for LoRA `KEY.lora_A` (rank × in) and
             `KEY.lora_B` (out × rank), and what is kept beside it (`KEY.initial_A`, ...).
-        base: fingerprint of each targeted weight, by weight name.
+        base: fingerprint of each targeted weight, by weight name; of a file of another tool the
+            shape at most.
         name: its name on a model.
         source: where it came from, for messages.
         extra: by format, what its file says beside this, for that format to write again.
+        format: the name of the format it was read from, or "native".
+        notes: what could not be checked, or is left out; one sentence each.
+        weights_at_hand: the weights of the base that it is on, where there is one.
+        settle: settles for a base what the file leaves open; None where nothing is.
     """
 
     targets: dict[str, AdapterTarget]
@@ -81,10 +144,34 @@ class Adapter:
     name: str = "default"
     source: str = "the adapter"
     extra: Mapping[str, Mapping[str, Any]] = field(repr=False, default_factory=dict)
+    format: str = "native"
+    notes: tuple[str, ...] = ()
+    weights_at_hand: Mapping[str, Weight] = field(repr=False, default_factory=dict)
+    settle: Callable[[Host], Adapter] | None = field(repr=False, default=None)
+
+    def on(self, host: Host) -> Adapter:
+        """The adapter for this base, with nothing left open.
+
+        Raises:
+            AdapterError: it does not fit, or fits in several ways.
+        """
+        settled = self if self.settle is None else self.settle(host)
+        return replace(settled, weights_at_hand=host.weights)
 
     def factors(self, key: str) -> dict[str, Tensor]:
         """The tensors of one target, by their short names."""
         return {n: self.tensors[f"{key}.{n}"] for n in self.tensor_names(key)}
+
+    def check_finite(self) -> None:
+        """Refuse tensors that are no numbers.
+
+        Raises:
+            NonFiniteError: one holds NaN or infinity.
+        """
+        for key in self.targets:
+            for name, tensor in self.factors(key).items():
+                if not tensor.isfinite().all():
+                    raise NonFiniteError(f"{name} of {key} in {self.source}")
 
     def tensor_names(self, key: str) -> list[str]:
         """The short names of one target's tensors."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=nn.Module)
 
-__all__ = ["disable", "enable", "load", "plan", "save", "save_pretrained", "stats"]
+__all__ = ["convert", "disable", "enable", "load", "plan", "save", "save_pretrained", "stats"]
 
 PathLike = str | os.PathLike[str]
 Patterns = str | Iterable[str]
@@ -91,6 +92,7 @@ def stats(
     norms: bool = True,
     key: str | None = None,
     check_fingerprint: bool = True,
+    layout: str | None = None,
     progress: Progress | None = None,
 ) -> Stats:
     """What is adapted, what trains, how strong the updates are, what is disabled or still zero.
@@ -102,6 +104,7 @@ def stats(
         norms: measure ‖ΔW‖, effective rank, and ‖W‖ where the base is at hand.
         key: which nested state dict of a pickled checkpoint.
         check_fingerprint: refuse a base that the adapter was not made on.
+        layout: as for `read_adapter`.
         progress: called with targets done, targets in all and the target's name.
 
     Returns:
@@ -121,7 +124,7 @@ def stats(
         return _live_stats(model_or_path, adapter, norms, progress)
     path = model_or_path
     if adapter is None and is_adapter(path):
-        record = read_adapter(path)
+        record = read_adapter(path, layout=layout)
         notes = _notes(record)
         return collect(
             None,
@@ -135,8 +138,8 @@ def stats(
     with open_checkpoint(path, key) as checkpoint:
         if adapter is None:
             return collect(checkpoint.weights, [], source=str(path), name=_name(path))
-        record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-        check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
+        record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, layout=layout)
+        record = check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
         return collect(
             checkpoint.weights,
             [record],
@@ -161,7 +164,8 @@ def _name(path: PathLike) -> str:
 
 
 def _notes(record: Adapter) -> list[str]:
-    return [f"adapter {record.name!r}"] if record.name != "default" else []
+    named = [f"adapter {record.name!r}"] if record.name != "default" else []
+    return [*named, *record.notes]
 
 
 def _live_stats(model: nn.Module, adapter: object, norms: bool, progress: Progress | None) -> Stats:
@@ -263,12 +267,13 @@ def save(
 
     Args:
         model: an adapted model.
-        path: the file to write; an adapter that is there is replaced.
+        path: the file to write, for "peft" the directory; an adapter that is there is replaced.
         adapter: which adapter.
-        format: a name of the formats' registry; None is the native one.
+        format: "native" (None as well) or "peft".
 
     Raises:
         NoAdapterError: no such adapter.
+        NoFormError: the format has no form for something in it; the message names it.
         NonFiniteError: a factor is NaN or infinite.
         OutputError: the file cannot be written.
     """
@@ -346,6 +351,7 @@ def load(
     *,
     freeze: bool = True,
     check_fingerprint: bool = True,
+    layout: str | None = None,
 ) -> Model:
     """Load an adapter file onto a model.
 
@@ -354,12 +360,14 @@ def load(
 
     Args:
         model: a plain or an adapted model.
-        path: the adapter file.
+        path: the adapter file, or a directory or file of PEFT.
         adapter: the name to load it under.
         strict: every tensor of the file is used and every target of the model filled. False loads
             what both sides have into an existing adapter, with a warning that counts the rest.
         freeze: set requires_grad to False on everything but the factors.
-        check_fingerprint: refuse a base with other dtypes or values than it was made on.
+        check_fingerprint: refuse a base with other dtypes or values than it was made on. A file of
+            another tool does not say what that was: names and shapes alone are compared then.
+        layout: as for `read_adapter`.
 
     Returns:
         The model.
@@ -368,13 +376,75 @@ def load(
         MismatchError: names or shapes differ; both sides are listed.
         FingerprintError: same names and shapes, another base.
         FileError: the file is missing, broken, or no adapter.
+        UnsettledError: the file and the model leave open how a square weight is stored.
     """
     from lora_param.model.adapters import attach
     from lora_param.model.record import load_into
     from lora_param.model.sites import adapter_names
 
-    record = read_adapter(path)
+    record = read_adapter(path, layout=layout)
     if adapter in adapter_names(model):
         load_into(model, record, adapter, strict=strict, check_fingerprint=check_fingerprint)
         return model
     return attach(model, record, adapter, freeze=freeze, check_fingerprint=check_fingerprint)
+
+
+def convert(
+    adapter: PathLike | Adapter,
+    to: str,
+    out: PathLike,
+    *,
+    base: nn.Module | PathLike | None = None,
+    layout: str | None = None,
+    key: str | None = None,
+    check_fingerprint: bool = True,
+    force: bool = False,
+    sync: bool = True,
+) -> Adapter:
+    """Write an adapter in another format, without loss.
+
+    Args:
+        adapter: a record, or the path of one in any format that `read_adapter` takes.
+        to: "native" or "peft".
+        out: the file to write, for "peft" the directory.
+        base: the model or the checkpoint that it is for. A file of another tool leaves open what
+            only the base tells, such as how it stores its weights; PEFT's depends on its layers.
+        layout: as for `read_adapter`.
+        key: which nested state dict of a pickled checkpoint.
+        check_fingerprint: refuse a base that the adapter was not made on.
+        force: replace an adapter that exists.
+        sync: have the data on the disk before the name shows them.
+
+    Returns:
+        The record that was written; its `notes` say what could not be checked.
+
+    Raises:
+        NoFormError: the format has no form for something in it; the message names it.
+        UnsettledError: something is left open; the message says what to give.
+        MismatchError, FingerprintError: the adapter does not fit the base.
+        NonFiniteError: a tensor holds NaN or infinity.
+        FileError: something cannot be read, or the output not be written.
+
+    >>> convert("peft-directory", "native", "adapter.safetensors", base="model")  # doctest: +SKIP
+    """
+    record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, layout=layout)
+    if isinstance(base, (str, os.PathLike)):
+        with open_checkpoint(base, key) as checkpoint:
+            record = check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
+            return _written(
+                replace(record, weights_at_hand=checkpoint.weights), to, out, force, sync
+            )
+    if base is not None:
+        from lora_param.model.record import check_base
+        from lora_param.model.sites import unwrapped
+
+        model = unwrapped(base)
+        record = check_base(model, record, check_fingerprint)
+        record = replace(record, weights_at_hand=weights_of(model))
+    return _written(record, to, out, force, sync)
+
+
+def _written(record: Adapter, to: str, out: PathLike, force: bool, sync: bool) -> Adapter:
+    record.check_finite()
+    write_adapter(record, out, to, force=force, sync=sync)
+    return record

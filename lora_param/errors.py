@@ -29,6 +29,8 @@
     │   │   ├── MismatchError         names or shapes that differ: both sides listed
     │   │   ├── LayoutError           a target without a form in the base's layout
     │   │   ├── FingerprintError      same names and shapes, another base
+    │   │   ├── UnsettledError        a file that leaves open what only its base tells
+    │   │   ├── NoFormError           something that a format, or this package, cannot express
     │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
     │   │   ├── NoDifferenceError     two checkpoints between which no adapter leads
@@ -73,6 +75,7 @@ __all__ = [
     "NameRuleError",
     "NoAdapterError",
     "NoDifferenceError",
+    "NoFormError",
     "NoMatchError",
     "NonFiniteError",
     "NoneSuitableError",
@@ -91,6 +94,7 @@ __all__ = [
     "UnknownFileError",
     "UnknownOptionError",
     "UnsafePickleError",
+    "UnsettledError",
     "UnsuitableWeightError",
     "UserError",
     "VariantError",
@@ -469,6 +473,34 @@ class FingerprintError(AdapterError):
             f"{listed(differing)}. Give the base it was made on, or override the check with "
             f"check_fingerprint=False (--ignore-fingerprint)."
         )
+
+
+class UnsettledError(AdapterError):
+    """A file that leaves open what only its base, or its owner, can tell.
+
+    Args:
+        adapter: which adapter.
+        names: the weights that it is about.
+        what: what is not told of them.
+        give: what to give, so that it is.
+    """
+
+    def __init__(self, adapter: str, names: Iterable[str], what: str, give: str) -> None:
+        super().__init__(f"{adapter} does not tell {what} (of {listed(names)}): {give}.")
+
+
+class NoFormError(AdapterError):
+    """Something that a format, or this package, has no form for.
+
+    Args:
+        adapter: which adapter.
+        what: what is in it.
+        why: the form that is missing.
+        instead: what to do.
+    """
+
+    def __init__(self, adapter: str, what: str, why: str, instead: str) -> None:
+        super().__init__(f"{adapter} has {what}, {why}: {instead}.")
 
 
 class ResumeError(AdapterError):

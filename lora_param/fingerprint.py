@@ -20,15 +20,18 @@ _BITS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 @dataclass(frozen=True, slots=True)
 class BaseWeight:
-    """Fingerprint of one base weight: shape, dtype and a hash over a sample of its elements."""
+    """Fingerprint of one base weight: shape, dtype and a hash over a sample of its elements.
+
+    Files of other tools do not say what they were made on: then the dtype is "" and the hash None.
+    """
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str = ""
     hash: str | None = None
 
     def differs(self, other: BaseWeight) -> str:
         """In what it differs from `other`: "dtype a, not b", "values", or ""."""
-        if self.dtype != other.dtype:
+        if "" not in (self.dtype, other.dtype) and self.dtype != other.dtype:
             return f"dtype {other.dtype}, not {self.dtype}"
         return "values" if None not in (self.hash, other.hash) and self.hash != other.hash else ""
 

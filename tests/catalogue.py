@@ -46,7 +46,7 @@ class Case:
     def exact_weights(self) -> bool:
         """The reference's arithmetic is the library's own, operation for operation. DoRA's norms
         are added up in another order, and so are an initial pair and a second adapter."""
-        return self.variant != "dora" and self.init == "kaiming" and len(self.adapters) == 1
+        return "dora" not in self.variant and self.init == "kaiming" and len(self.adapters) == 1
 
     @property
     def exact_when_fresh(self) -> bool:
@@ -337,6 +337,7 @@ CASES = [
     *PLAIN,
     *_also(f"{_DECOMPOSED} packed-base embedding-pad", "dora", variant="dora"),
     *_also(_OTHERS, "miss", variant="miss"),
+    *_also(f"{_DECOMPOSED} packed-base", "dora-columns", variant="dora_columns"),
     *_also("linear mlp embedding conv2d mha encoder lstm experts", "bf16", dtype=torch.bfloat16),
     *_also("linear mlp", "half", dtype=torch.float16),
     *_also("linear mlp conv2d", "dora-bf16", dtype=torch.bfloat16, variant="dora"),
@@ -366,7 +367,9 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.dequantize() if isinstance(v, Int8Rows) else v.clone() for k, v in state.items()}
 
 
-def reference_delta(tensors: dict[str, Tensor], scale: float, W: Tensor) -> Tensor:
+def reference_delta(
+    tensors: dict[str, Tensor], scale: float, W: Tensor, of_columns: bool = False
+) -> Tensor:
     """ΔW over the matrix W (*, out, in), as its variant defines it, by plain torch."""
     if "lora_M" in tensors:
         M = tensors["lora_M"]  # (*, rank, out)
@@ -378,24 +381,26 @@ def reference_delta(tensors: dict[str, Tensor], scale: float, W: Tensor) -> Tens
         update = update - scale * (tensors["initial_B"] @ tensors["initial_A"])
     if "magnitude" not in tensors:
         return update
-    V = W + update
-    return tensors["magnitude"][..., None] * V / V.norm(dim=-1, keepdim=True) - W
+    V, m = W + update, tensors["magnitude"]
+    if of_columns:
+        return m[..., None, :] * V / V.norm(dim=-2, keepdim=True) - W
+    return m[..., None] * V / V.norm(dim=-1, keepdim=True) - W
 
 
 def reference_weight(
-    W: Tensor, slice_text: str, tensors: dict[str, Tensor], scale: float
+    W: Tensor, slice_text: str, tensors: dict[str, Tensor], scale: float, of_columns: bool = False
 ) -> Tensor:
     """W + ΔW on a slice, in the dtype of the factors."""
     merged = W.to(next(iter(tensors.values())).dtype).clone()
     if slice_text in ("", "[*]"):
         matrix = merged.reshape(*W.shape[: 2 if slice_text else 1], -1)
-        return merged + reference_delta(tensors, scale, matrix).reshape(W.shape)
+        return merged + reference_delta(tensors, scale, matrix, of_columns).reshape(W.shape)
     rows, _, columns = slice_text.strip("[]").partition(",")
     index = tuple(
         slice(*(int(v) if v else None for v in part.split(":"))) for part in (rows, columns) if part
     )
     part = merged[index]
-    delta = reference_delta(tensors, scale, part.reshape(part.shape[0], -1))
+    delta = reference_delta(tensors, scale, part.reshape(part.shape[0], -1), of_columns)
     merged[index] = part + delta.reshape(part.shape)
     return merged
 
@@ -424,7 +429,8 @@ def reference_weights(
                     if f"{adapter}:{key}.{n}" in factors
                 }
             W = base[name]
-            new = reference_weight(W, slice_text, tensors, target.scale)
+            of_columns = target.settings.variant == "dora_columns"
+            new = reference_weight(W, slice_text, tensors, target.scale, of_columns)
             if name in weights:  # each adds what it adds to W alone
                 new = weights[name] + (new - W)
             for n in (name, *target.also):

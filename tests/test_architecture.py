@@ -223,6 +223,7 @@ def test_the_public_names_are_these() -> None:
         "extract",
         "resize",
         "base_state_dict",
+        "convert",
         "disable",
         "disabled",
         "enable",

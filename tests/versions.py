@@ -22,7 +22,6 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 LEFT_OUT = ("tests/examples", "tests/report/test_report_browser.py")
-BESIDE = ("pytest-xdist", "transformers", "accelerate")  # which some tests are skipped without
 PRINT = "import platform, torch; print(torch.__version__, platform.python_version())"
 _TABLE = re.compile(r"(<!-- versions: [^\n]*-->\n)(.*?)(<!-- /versions -->)", re.DOTALL)
 _HEADER = "| torch | Python | passed | failed | skipped | on |\n|---|---|---|---|---|---|\n"
@@ -33,10 +32,10 @@ Row = tuple[str, str, int, int, int, str]
 
 def environment(torch: str, python: str) -> list[str]:
     """The command that runs what follows it in the environment."""
-    found = [word for package in BESIDE for word in ("--with", package)]
     return [
         *("uv", "run", "--quiet", "--isolated", "--no-project", "--python", python),
-        *("--with", f"torch=={torch}", "--with-editable", f"{ROOT}[test]", *found, "--", "python"),
+        *("--with", f"torch=={torch}", "--with", "pytest-xdist"),
+        *("--with-editable", f"{ROOT}[test]", "--", "python"),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_param.adapter import Adapter
-from lora_param.errors import VariantError
+from lora_param.errors import UnsettledError, VariantError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +35,15 @@ def pair_of(adapter: Adapter, key: str, what: str) -> Pair:
 
     Raises:
         VariantError: ΔW is not of that form, as it depends on W.
+        UnsettledError: the adapter leaves open what only its base tells.
     """
     from lora_param.weight.precision import compute_dtype
     from lora_param.weight.update import fold_initial
     from lora_param.weight.variants import variant_named
 
+    if adapter.settle is not None:
+        give = "convert it first (lora-param convert ADAPTER --to native --base MODEL -o FILE)"
+        raise UnsettledError(adapter.source, [key], f"how its base stores W, to {what}", give)
     t = adapter.targets[key]
     variant = variant_named(t.settings.variant)
     if variant.uses_W:

@@ -242,7 +242,7 @@ def bake_adapters(
         rows = list(found.values())
         dead = [
             a.name
-            for a, _ in adapters
+            for a in merging.adapters
             if (own := [row for key, row in found.items() if key[0] == id(a)])
             and all(row.dead for row in own)
         ]
@@ -255,7 +255,7 @@ def bake_adapters(
             size,
             checkpoint.key,
             options.verify,
-            tuple(_notes(checkpoint, rows)),
+            (*_notes(checkpoint, rows), *(n for a in merging.adapters for n in a.notes)),
         )
 
 

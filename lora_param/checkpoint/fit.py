@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from lora_param.adapter import Adapter, check_fit
+from lora_param.adapter import Adapter, Host, check_fit
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.errors import MismatchError, UnsuitableWeightError
 
@@ -13,19 +13,26 @@ __all__ = ["check_checkpoint"]
 _SHOWN = 5  # names for which the nearest is looked up, as many as a message lists
 
 
-def check_checkpoint(adapter: Adapter, base: Checkpoint, *, check_fingerprint: bool = True) -> None:
+def check_checkpoint(
+    adapter: Adapter, base: Checkpoint, *, check_fingerprint: bool = True
+) -> Adapter:
     """Check that every target has its weight in the checkpoint; reads sampled elements alone.
+
+    Returns:
+        The adapter, with all settled that its file leaves open.
 
     Raises:
         UnsuitableWeightError: a weight that LoRA cannot adapt: complex, integer, sparse, quantized.
         MismatchError: a name that the base lacks, or a shape that differs; both sides are named.
         FingerprintError: the base holds other values than the one the adapter was made on.
     """
-    names = [n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart)]
-    for name in names:
-        if name in base and (reason := base.weights[name].unsuitable):
-            raise UnsuitableWeightError(name, reason)
     try:
+        if adapter.settle is not None:
+            adapter = adapter.on(Host(str(base.path), base.weights, base.__getitem__))
+        names = [n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart)]
+        for name in names:
+            if name in base and (reason := base.weights[name].unmergeable):
+                raise UnsuitableWeightError(name, reason)
         check_fit(
             adapter, base.fingerprint(names), str(base.path), check_fingerprint=check_fingerprint
         )
@@ -33,6 +40,7 @@ def check_checkpoint(adapter: Adapter, base: Checkpoint, *, check_fingerprint: b
         if not error.unexpected:
             raise
         raise error.beside(_nearest(adapter, base, error.unexpected[:_SHOWN])) from None
+    return adapter
 
 
 def _nearest(adapter: Adapter, base: Checkpoint, keys: tuple[str, ...]) -> list[str]:
@@ -46,7 +54,8 @@ def _nearest(adapter: Adapter, base: Checkpoint, keys: tuple[str, ...]) -> list[
     found: dict[str, None] = {}
     for key in keys:
         name = adapter.targets[key].target.name
-        alike = by_shape.get(adapter.base[name].shape) or every
+        known = adapter.base.get(name)
+        alike = (known and by_shape.get(known.shape)) or every
         # The longest common end first: what differs is mostly what wraps the model.
         end = max((_common_end(name, n) for n in alike), default=0)
         if end:

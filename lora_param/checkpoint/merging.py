@@ -148,6 +148,7 @@ class Merging:
         pieces: entry name → the updates that its tensor takes; tied names are all listed.
         dtype: what floating tensors are stored as, or None for what they are.
         disabled: keys of targets that take no part.
+        adapters: what is baked, settled for the base.
         exact: measure norms over every block instead of one in some.
         link: files that nothing changes may be hard links to the base's.
         max_shard_size: divide a directory's weights anew, into files of so many bytes.
@@ -157,6 +158,7 @@ class Merging:
     pieces: dict[str, list[_Piece]]
     dtype: torch.dtype | None
     disabled: list[str]
+    adapters: list[Adapter]
     exact: bool = False
     link: bool = False
     max_shard_size: int | None = None
@@ -229,6 +231,7 @@ class Merging:
             NonFiniteError: a finite value becomes infinite or NaN in the stored dtype.
         """
         from lora_param.weight.precision import compute_dtype
+        from lora_param.weight.update import add_deltas, replacing
 
         dtype, wide = self.stored_as(W), compute_dtype(W.dtype)
         part = W.reshape(-1)[block.start : block.stop]
@@ -251,7 +254,12 @@ class Merging:
             regions, shape = [region] * len(updates), region.shape(tuple(part.shape))
             own = part[region.index].reshape(region.matrix(tuple(part.shape)))
             deltas = [u.of_block(block.index).delta(own, wide).view(shape) for u in updates]
-        kept = _add(part, zip(regions, deltas, strict=True), wide).to(dtype)
+        copies = replacing(updates) if block.region is None else []
+        start = add_deltas(part, (), copies) if copies else part
+        added = [
+            (r, d) for u, r, d in zip(updates, regions, deltas, strict=True) if u not in copies
+        ]
+        kept = _add(start, added, wide).to(dtype)
         changed = [_count_changed(part[r.index].to(dtype), kept[r.index]) for r in regions]
         if _may_overflow(kept) and _overflows(part.to(wide), kept.to(wide)):
             raise NonFiniteError(f"{name} with its update, stored as {dtype},")
@@ -335,8 +343,16 @@ def _add(W: Tensor, deltas: Iterable[tuple[Region, Tensor]], dtype: torch.dtype)
     """`add_deltas` without gradients: in place, which is quicker, of W's rows in this dtype."""
     merged = W.to(dtype, copy=True)
     for region, delta in deltas:
-        merged[region.index].add_(delta)
+        _add_to(merged, region, delta)
     return merged
+
+
+def _add_to(W: Tensor, region: Region, delta: Tensor) -> None:
+    """In place, where the region is a view of W."""
+    if region.picked is None:
+        W[region.index].add_(delta)
+    else:
+        W[region.index] += delta
 
 
 def _measure(
@@ -356,7 +372,7 @@ def _measure(
     else:
         wanted = torch.zeros_like(W, dtype=wide)
         for region, delta in zip(regions, deltas, strict=True):
-            wanted[region.index].add_(delta)
+            _add_to(wanted, region, delta)
     found: list[Measures] = []
     for region, delta, count in zip(regions, deltas, counted, strict=True):
         own = _square(delta)
@@ -447,10 +463,12 @@ def plan_merging(
     """
     pieces: dict[str, list[_Piece]] = {}
     disabled: list[str] = []
+    settled: list[Adapter] = []
     for adapter, weight in adapters:
         if not math.isfinite(weight):
             raise OptionError(f"the weight of {adapter.source}", weight, "a finite number")
-        check_checkpoint(adapter, base, check_fingerprint=check_fingerprint)
+        adapter = check_checkpoint(adapter, base, check_fingerprint=check_fingerprint)
+        settled.append(adapter)
         for key, t in adapter.targets.items():
             if not t.enabled:
                 disabled.append(key)
@@ -459,7 +477,7 @@ def plan_merging(
             _check_finite(piece)
             for name in _entries_of(t, base):
                 pieces.setdefault(name, []).append(piece)
-    return Merging(base, pieces, dtype, disabled)
+    return Merging(base, pieces, dtype, disabled, settled)
 
 
 def _entries_of(t: AdapterTarget, base: Checkpoint) -> list[str]:

@@ -18,6 +18,7 @@ from lora_param.cli.options import (
     Force,
     Json,
     Key,
+    Layout,
     Model,
     NoSync,
     Targets,
@@ -140,7 +141,9 @@ def stats(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|ADAPTER", help=f"{MODEL} Or an adapter file.", show_default=False
+            metavar="MODEL|ADAPTER",
+            help=f"{MODEL} Or an adapter file or a PEFT directory.",
+            show_default=False,
         ),
     ],
     adapter: Annotated[
@@ -159,6 +162,7 @@ def stats(
         typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
     ] = None,
     key: Key = None,
+    layout: Layout = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     json: Json = False,
@@ -178,6 +182,7 @@ def stats(
             norms=norms,
             key=key,
             check_fingerprint=not ignore_fingerprint,
+            layout=layout,
             progress=progress,
         )
     if html is not None:
@@ -233,7 +238,7 @@ def bake(
         list[str],
         typer.Argument(
             metavar="ADAPTER[=WEIGHT]...",
-            help="Adapter files; WEIGHT multiplies the update.",
+            help="Adapter files or PEFT directories; WEIGHT multiplies the update.",
             show_default=False,
         ),
     ],
@@ -258,6 +263,7 @@ def bake(
         bool, typer.Option("--link", help="Hard links for whole files that do not change.")
     ] = False,
     key: Key = None,
+    layout: Layout = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     no_sync: NoSync = False,
@@ -284,12 +290,59 @@ def bake(
             sync=not no_sync,
             verify=verify,
             require_change=True,
+            layout=layout,
             progress=progress,
         )
     if json:
         show_json(report.to_dict())
         return
     show(report)
+
+
+@app.command(cls=Command)
+def convert(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter file or a PEFT directory.", show_default=False
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="native or peft.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="OUT", help="A file; for peft a directory."),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What the adapter is for; as MODEL elsewhere."),
+    ] = None,
+    key: Key = None,
+    layout: Layout = None,
+    ignore_fingerprint: AnyBase = False,
+    force: Force = False,
+    no_sync: NoSync = False,
+    json: Json = False,
+) -> None:
+    """Write an adapter in another format, without loss.
+
+    Example: lora-param convert peft-directory --to native --base model -o adapter.safetensors
+    """
+    record = lp.convert(
+        adapter,
+        to,
+        output,
+        base=base,
+        layout=layout,
+        key=key,
+        check_fingerprint=not ignore_fingerprint,
+        force=force,
+        sync=not no_sync,
+    )
+    if json:
+        found = {"format": to, "targets": list(record.targets), "notes": list(record.notes)}
+        show_json({"output": str(output), **found})
+        return
+    show(*record.notes, f"Wrote {output}: {len(record.targets)} targets as {to}.")
 
 
 @app.command(cls=Command)

@@ -29,6 +29,12 @@ Key = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Which nested state dict of a pickled checkpoint."),
 ]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        metavar="out-in|in-out", help="How square weights are stored, where nothing tells it."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk: faster.")]

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_param.adapter import Adapter
-from lora_param.errors import MissingFileError, OptionError
-from lora_param.formats import native
+from lora_param.errors import MissingFileError, NoFormError, OptionError
+from lora_param.formats import native, peft
 from lora_param.formats.base import Format
 from lora_param.formats.native import check_adapter_name
 from lora_param.formats.unknown import ACCEPTED, unknown_adapter
@@ -25,7 +25,7 @@ __all__ = [
     "write_adapter",
 ]
 
-FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT,)}
+FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, peft.FORMAT)}
 """Name → format, in the order in which they are tried."""
 
 
@@ -38,20 +38,26 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return any(f.recognise(Path(path)) for f in FORMATS.values())
 
 
-def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+def read_adapter(path: str | os.PathLike[str], *, layout: str | None = None) -> Adapter:
     """Read an adapter of any format; its tensors are read when they are asked for.
+
+    Args:
+        path: a native adapter file, or a directory or file of PEFT.
+        layout: "out-in" or "in-out": how the base stores square weights, for a file that does not
+            tell and a base whose classes are unknown.
 
     Raises:
         MissingFileError: there is nothing at this path.
         BrokenFileError: it is damaged, or its tensors and its settings do not agree.
         UnknownFileError: it is no adapter, or one of a format that is not supported.
+        NoFormError: it has something that has no form here.
     """
     path = Path(path)
     if not path.exists():
         raise MissingFileError(path, ACCEPTED)
     for known in FORMATS.values():
         if known.recognise(path):
-            return known.read(path)
+            return known.read(path, layout=layout)
     raise unknown_adapter(path)
 
 
@@ -67,14 +73,16 @@ def write_adapter(
 
     Args:
         adapter: what to write.
-        path: where; a symbolic link is followed.
+        path: where: a file, for PEFT a directory; a symbolic link is followed.
         format: a name of `FORMATS`; "native" by default.
-        force: replace a file that exists.
+        force: replace an adapter that exists.
         sync: have the data on the disk before the name shows them.
 
     Raises:
         OptionError: no such format.
         OutputError: the file exists (without force), or cannot be written.
+        NoFormError: the adapter has something that has no form in this format.
+        UnsettledError: it leaves open what the format has to say; `convert` takes a base.
     """
     name = native.FORMAT.name if format is None else format
     if name not in FORMATS:
@@ -107,6 +115,11 @@ def toggle_file(
     """
     path = Path(path)
     if not path.exists() or not native.FORMAT.recognise(path):
-        read_adapter(path)  # says what is wrong with it
-        raise OptionError("format", "not native", "native: convert the adapter first")
+        found = read_adapter(path)  # says what is wrong with it
+        raise NoFormError(
+            str(path),
+            f"the format {found.format}",
+            "in which targets cannot be switched on and off",
+            "convert it first (lora-param convert ADAPTER --to native -o FILE --base MODEL)",
+        )
     return native.toggle(path, enabled, patterns, sync=sync)

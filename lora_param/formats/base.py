@@ -9,7 +9,19 @@ from typing import Protocol
 
 from lora_param.adapter import Adapter
 
-__all__ = ["Format", "Write"]
+__all__ = ["Format", "Read", "Write"]
+
+
+class Read(Protocol):
+    """Reads the adapter at a path; its tensors are read when they are asked for."""
+
+    def __call__(self, path: Path, *, layout: str | None) -> Adapter:
+        """Read it.
+
+        Args:
+            path: what `recognise` has recognised.
+            layout: "out-in" or "in-out": how square weights are stored, where nothing tells.
+        """
 
 
 class Write(Protocol):
@@ -27,11 +39,12 @@ class Format:
         name: what `format=` takes.
         recognise: the path holds an adapter of this format. It raises BrokenFileError for a file
             that is of no format because it is damaged.
-        read: path → adapter, its tensors read lazily.
-        write: see `Write`.
+        read: see `Read`. What the file leaves open, the adapter's `settle` settles for a base.
+        write: see `Write`. What the format needs to know of the base is in the adapter's
+            `weights_at_hand`.
     """
 
     name: str
     recognise: Callable[[Path], bool]
-    read: Callable[[Path], Adapter]
+    read: Read
     write: Write

@@ -29,7 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_param.adapter import Adapter, AdapterTarget
-from lora_param.errors import BrokenFileError, OutputError, UnknownFileError, UserError
+from lora_param.errors import (
+    BrokenFileError,
+    OptionError,
+    OutputError,
+    UnknownFileError,
+    UnsettledError,
+    UserError,
+)
 from lora_param.files.header import Header, encode_header, read_header
 from lora_param.files.locks import locked
 from lora_param.files.safetensors import (
@@ -42,7 +49,7 @@ from lora_param.files.writer import copy_range, replace_file
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats.base import Format
 from lora_param.targets.matching import match_targets
-from lora_param.targets.regions import Target, parse_target, split_slice
+from lora_param.targets.regions import Target, parse_target, weight_name
 from lora_param.targets.settings import INITIAL, SETTINGS, Settings
 
 __all__ = ["FORMAT", "VERSION", "check_adapter_name", "toggle"]
@@ -72,7 +79,9 @@ def _recognise(path: Path) -> bool:
     )
 
 
-def _read(path: Path) -> Adapter:
+def _read(path: Path, *, layout: str | None = None) -> Adapter:
+    if layout is not None:
+        raise OptionError("layout", layout, f"nothing for {path}, which tells how W is stored")
     checkpoint = SafetensorsFile(path)
     version = checkpoint.metadata[_MARK]
     if version != VERSION:
@@ -140,7 +149,7 @@ def _decode_target(key: str, value: Any, base: Mapping[str, BaseWeight]) -> Adap
     for n in ("also", "apart"):
         for other in state[n]:
             _typed(other, str, f"{n} of {key}")
-    weight = key if key in base else split_slice(key)[0]
+    weight = key if key in base else weight_name(key)
     if weight not in base:
         raise _BadConfigError(f"{key} has no base")
     target = Target(key) if key in base else parse_target(key, base[weight].shape)
@@ -253,6 +262,13 @@ def _encode(adapter: Adapter) -> dict[str, str]:
 
 def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
     check_adapter_name(path)
+    if adapter.settle is not None:
+        raise UnsettledError(
+            adapter.source,
+            adapter.targets,
+            "how the base stores its weights",
+            "give the base (--base MODEL, base=)",
+        )
     entries: dict[str, StreamEntry] = {}
     for key in adapter.targets:
         for name, tensor in adapter.factors(key).items():

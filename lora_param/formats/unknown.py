@@ -10,21 +10,21 @@ from lora_param.files.header import read_header
 __all__ = ["ACCEPTED", "unknown_adapter"]
 
 _FAMILIES = (
-    ((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A"), "a PEFT adapter"),
     ((".lora_down.weight", ".lora_up.weight"), "a kohya adapter"),
     ((".hada_w1_a", ".lokr_w1", ".lokr_w1_a"), "a LyCORIS adapter"),
 )
 
 
-ACCEPTED = "an adapter file (.safetensors), as lora-param apply or lora_param.save writes it"
+ACCEPTED = (
+    "an adapter file (.safetensors), as lora-param apply or lora_param.save writes it, or a "
+    "directory of PEFT (adapter_config.json and adapter_model.safetensors)"
+)
 
 
 def unknown_adapter(path: Path) -> UnknownFileError:
     """The error that says what the path seems to hold instead."""
     accepted = ACCEPTED
     if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            return UnknownFileError(path, "a PEFT adapter, which is not supported yet", accepted)
         return UnknownFileError(path, "a directory", accepted)
     if path.suffix != ".safetensors":
         return UnknownFileError(path, "not a .safetensors file", accepted)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.errors import AdapterExistsError, NoAdapterError
 from lora_param.model.attach import Site, register_lora, sites_of, unregister_loras
-from lora_param.model.lora import LoRA
+from lora_param.model.lora import BuiltLoRA, LoRA
 from lora_param.model.pretrained import dress, undress
 from lora_param.model.record import check_base
 from lora_param.model.sites import (
@@ -37,7 +37,7 @@ from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import SettingsOptions
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight
-from lora_param.weight.base import dense, logical_dtype
+from lora_param.weight.base import dense, logical_dtype, logical_shape
 from lora_param.weight.init import fresh_tensors
 from lora_param.weight.precision import compute_dtype
 
@@ -142,7 +142,7 @@ def attach(
     name = adapter.name if name is None else name
     _check_can_attach(model, name)
     where = owners(model)
-    check_base(model, adapter, check_fingerprint)
+    adapter = check_base(model, adapter, check_fingerprint)
     loras = []
     for key, target in adapter.targets.items():
         owner, tensor = where[target.target.name]
@@ -192,7 +192,8 @@ def _put_on(
     dress(model)
     fused = {p for m in model.modules() if isinstance(m, _FUSED) for p in m.modules()}
     for target, factors in loras:
-        lora = LoRA.of(target, factors, adapter)
+        of_vector = logical_shape(base_tensor(*where[target.target.name]))[1:] == ()
+        lora = (BuiltLoRA if of_vector else LoRA).of(target, factors, adapter)
         done: set[tuple[int, str]] = set()
         for name in (target.target.name, *target.also):
             owner, tensor = where[name]

@@ -24,10 +24,10 @@ from lora_param.weight.adapted import AdaptedWeight, adapt, built
 from lora_param.weight.base import dense, identity, logical_dtype, logical_shape
 from lora_param.weight.init import fresh_tensors
 from lora_param.weight.precision import compute_dtype
-from lora_param.weight.update import Deferred, Update, fold_initial, make_update
+from lora_param.weight.update import Deferred, Update, fold_initial, make_update, merge
 from lora_param.weight.variants import Variant, variant_named
 
-__all__ = ["LoRA"]
+__all__ = ["BuiltLoRA", "LoRA"]
 
 
 _SCALE, _STRENGTH = "scale", "strength"
@@ -280,3 +280,11 @@ class LoRA(nn.Module):
             f"adapter={self.adapter!r}{self.region}, rank={self.settings.rank}, "
             f"scale={self.scale:g}{variant}{state}"
         )
+
+
+class BuiltLoRA(LoRA):
+    """On a weight of one dimension, such as a bias, which no operation's rule knows: built."""
+
+    def forward(self, W: Tensor) -> Tensor:
+        """W itself while disabled, otherwise W + ΔW as a plain tensor."""
+        return merge(W, (self.update(W),)) if self.enabled else W

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lora_param.adapter import Adapter, AdapterTarget, check_fit
+from lora_param.adapter import Adapter, AdapterTarget, Host, check_fit
 from lora_param.errors import DuplicateTargetError, MismatchError, listed
 from lora_param.fingerprint import BaseWeight, hash_sample, tensor_base_weight
 from lora_param.model.attach import chain_of, originals_of
@@ -40,11 +40,25 @@ def _fingerprint(owner: nn.Module, tensor: str) -> BaseWeight:
     return replace(found, hash=whole)
 
 
-def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> None:
-    """Check that an adapter fits the model's base, as `check_fit` does."""
+def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> Adapter:
+    """Check that an adapter fits the model's base, as `check_fit` does.
+
+    Returns:
+        The adapter, with all settled that its file leaves open.
+    """
+    if adapter.settle is not None:
+        where = owners(model)
+
+        def value(name: str) -> Tensor:
+            return dense(base_tensor(*where[name])).detach()
+
+        host = Host("the model", weights_of(model), value)
+        adapter = adapter.on(host)
+        adapter.check_finite()  # nobody has looked at it yet
     names = (n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart))
     base = fingerprint(model, names)
     check_fit(adapter, base, "the model", check_fingerprint=check_fingerprint)
+    return adapter
 
 
 def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
@@ -55,7 +69,7 @@ def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
     """
     model = unwrapped(model)
     found = sites(model, name)
-    tied = {n: w.tied for n, w in weights_of(model).items()}
+    weights = weights_of(model)
     names_of: dict[int, list[str]] = {}
     for site in found:
         names_of.setdefault(id(site.lora), []).append(site.name)
@@ -71,11 +85,12 @@ def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
             lora.strength,
             lora.enabled,
             also=tuple(names[1:]),
-            apart=tuple(n for n in tied[site.name] if n not in names),
+            apart=tuple(n for n in weights[site.name].tied if n not in names),
         )
         tensors |= {f"{site.key}.{n}": t for n, t in lora.factors().items()}
     base = fingerprint(model, (t.target.name for t in targets.values()))
-    return Adapter(targets, tensors, base, name, f"the adapter {name!r} of the model")
+    source = f"the adapter {name!r} of the model"
+    return Adapter(targets, tensors, base, name, source, weights_at_hand=weights)
 
 
 def load_into(
@@ -86,6 +101,7 @@ def load_into(
     Raises:
         MismatchError: targets that only one side has (unless strict is False), or other shapes.
     """
+    adapter = check_base(unwrapped(model), adapter, False) if adapter.settle else adapter
     mine = {s.key: s for s in own_sites(sites(model, name))}
     missing = [k for k in mine if k not in adapter.targets]
     unexpected = [k for k in adapter.targets if k not in mine]

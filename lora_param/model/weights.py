@@ -34,6 +34,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
             tuple(n for n in names[id(tensor)] if n != name),
             head=owner is head,
             packed=_packed(tensor),
+            in_first=_in_first(owner, tensor),
         )
         for name, (tensor, owner) in found.items()
     }
@@ -45,6 +46,16 @@ def buffers_of(model: torch.nn.Module) -> Iterator[Weight]:
         if "parametrizations" not in name.split("."):
             dtype = str(tensor.dtype).removeprefix("torch.")
             yield Weight(canonical_name(name), tuple(tensor.shape), dtype)
+
+
+def _in_first(owner: torch.nn.Module, tensor: torch.Tensor) -> bool | None:
+    """The module's class tells how it stores W; a stack of experts has an attribute for it."""
+    if tensor.dim() == 3 and not hasattr(owner, "kernel_size"):
+        return bool(getattr(owner, "is_transposed", False))
+    classes = {c.__name__ for c in type(owner).__mro__}
+    if classes & {"Conv1D", "Embedding"}:
+        return True
+    return False if "Linear" in classes else None
 
 
 def _packed(tensor: torch.Tensor) -> str:

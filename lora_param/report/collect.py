@@ -90,13 +90,14 @@ def _row(
     norm = rank = spectrum = weight_norm = None
     if measured:
         pair = factors if "lora_A" in factors else _lowered(target, factors, base.shape)
-        norm, rank, spectrum = measure(
-            pair["lora_A"],
-            pair["lora_B"],
-            scale,
-            factors.get("initial_A"),
-            factors.get("initial_B"),
-        )
+        if pair is not None:
+            norm, rank, spectrum = measure(
+                pair["lora_A"],
+                pair["lora_B"],
+                scale,
+                factors.get("initial_A"),
+                factors.get("initial_B"),
+            )
     if base_array is not None:
         values = base_array(name)[region.index]
         weight_norm = _norm(values)
@@ -135,8 +136,8 @@ def _norm(values: Array) -> float:
 
 def _lowered(
     target: AdapterTarget, factors: Mapping[str, Array], shape: tuple[int, ...]
-) -> dict[str, Array]:
-    """A and B of a variant that keeps other tensors, for its scale."""
+) -> dict[str, Array] | None:
+    """A and B of a variant that keeps other tensors, for its scale; None where it has none."""
     import torch
 
     from lora_param.weight.variants import variant_named
@@ -144,8 +145,7 @@ def _lowered(
     W = torch.empty(target.target.region.matrix(shape), device="meta")
     tensors = {n: torch.from_numpy(np.asarray(t)) for n, t in factors.items()}
     form = variant_named(target.settings.variant).lower(W, tensors, 1.0, 1.0)
-    assert form is not None
-    return {"lora_A": form.A.numpy(), "lora_B": form.B.numpy()}
+    return form and {"lora_A": form.A.numpy(), "lora_B": form.B.numpy()}
 
 
 def _norm_of_delta(target: AdapterTarget, factors: Mapping[str, Array], W: Array) -> float:

@@ -2,7 +2,8 @@
 
 A weight of any shape is read as a matrix: its first dimension by the product of the others.
 Slices are taken on the first two dimensions; a stack (`[*]`) takes each index of the first
-dimension as a matrix of its own.
+dimension as a matrix of its own. Picked rows (`[3,7,9]`) are what a full copy of some rows, as of
+trained tokens, replaces: files hold them, patterns do not name them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from math import prod
 from lora_param.errors import PatternError, SliceError
 
 __all__ = ["WHOLE", "Region", "SliceText", "Target", "parse_slice", "parse_target", "split_slice"]
+__all__ += ["weight_name"]
 
 Range = tuple[int, int]
 
+_PICKED = re.compile(r"(?P<name>.+)\[(?P<rows>\d+(?:,\d+)*)\]", re.DOTALL)
 _SLICE = re.compile(
     r"(?P<name>.+)\[(?P<slice>\*|-?\d+\s*/\s*-?\d+|[-\d\s]*:[-\d\s]*(?:,[-\d\s]*:[-\d\s]*)?)\]",
     re.DOTALL,
@@ -31,15 +34,19 @@ class Region:
         rows: half-open range of the first dimension, or None for all of it.
         columns: half-open range of the second dimension, or None for all of it.
         stacked: each index of the first dimension is a matrix with factors of its own.
+        picked: indices of single rows, ascending, or None.
     """
 
     rows: Range | None = None
     columns: Range | None = None
     stacked: bool = False
+    picked: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         if self.stacked:
             return "[*]"
+        if self.picked is not None:
+            return f"[{','.join(map(str, self.picked))}]"
         if self.rows is None and self.columns is None:
             return ""
         rows = ":" if self.rows is None else f"{self.rows[0]}:{self.rows[1]}"
@@ -53,14 +60,18 @@ class Region:
         return self == WHOLE
 
     @property
-    def index(self) -> tuple[slice, ...]:
+    def index(self) -> tuple[slice | list[int], ...]:
         """What to index the weight with to get the region."""
+        if self.picked is not None:
+            return (list(self.picked),)
         parts = [slice(None) if r is None else slice(*r) for r in (self.rows, self.columns)]
         return tuple(parts) if self.columns is not None else (parts[0],)
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the region of a weight of shape `weight`."""
         sizes = list(weight)
+        if self.picked is not None:
+            sizes[0] = len(self.picked)
         for dim, part in enumerate((self.rows, self.columns)):
             if part is not None:
                 sizes[dim] = part[1] - part[0]
@@ -82,7 +93,16 @@ class Region:
         def meet(a: Range | None, b: Range | None) -> bool:
             return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
 
+        if self.picked is not None:
+            return other._has_any(self.picked)
+        if other.picked is not None:
+            return self._has_any(other.picked)
         return meet(self.rows, other.rows) and meet(self.columns, other.columns)
+
+    def _has_any(self, rows: tuple[int, ...]) -> bool:
+        if self.picked is not None:
+            return not set(self.picked).isdisjoint(rows)
+        return self.rows is None or any(self.rows[0] <= row < self.rows[1] for row in rows)
 
 
 WHOLE = Region()
@@ -190,5 +210,20 @@ def parse_target(key: str, shape: tuple[int, ...]) -> Target:
     >>> parse_target("attn.in_proj_weight[0:64]", (192, 64)).region.rows
     (0, 64)
     """
+    if picked := _PICKED.fullmatch(key):
+        rows = tuple(int(row) for row in picked["rows"].split(","))
+        if list(rows) != sorted(set(rows)) or rows[-1] >= shape[0]:
+            raise SliceError(key, shape, f"it takes ascending rows within 0:{shape[0]}")
+        return Target(picked["name"], Region(picked=rows))
     name, text = split_slice(key)
     return Target(name, parse_slice(text, key).resolve(name, shape) if text else WHOLE)
+
+
+def weight_name(key: str) -> str:
+    """The weight that a target's key is of.
+
+    >>> weight_name("attn.in_proj_weight[0:64]"), weight_name("emb.weight[3,7]")
+    ('attn.in_proj_weight', 'emb.weight')
+    """
+    picked = _PICKED.fullmatch(key)
+    return picked["name"] if picked else split_slice(key)[0]

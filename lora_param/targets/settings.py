@@ -40,10 +40,15 @@ SCALINGS: Mapping[str, tuple[str, Callable[[float, int], float]]] = {
 VARIANTS: Mapping[str, Mapping[str, str]] = {
     "lora": {"lora_A": "rank in", "lora_B": "out rank"},
     "dora": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "out"},
+    "dora_columns": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "in"},
     "miss": {"lora_M": "rank out"},
+    "copy": {"value": "out in"},
 }
 """Variant → the tensors that it trains, each with its axes; a stack has one more in front. What a
 variant does with them is in the file of its name under `weight/variants/`."""
+
+MADE = tuple(name for name in VARIANTS if name != "copy")
+"""The variants that can be asked for; full copies come in files of other tools alone."""
 
 FROM_WEIGHT = ("pissa", "olora")
 """Initialisations that start from W's own directions. What they start at is kept as `initial_A` and
@@ -192,8 +197,8 @@ class Settings:
     )
     variant: str = _setting(
         "lora",
-        f"How the factors make the update: {_one_of(VARIANTS)}.",
-        ", ".join(VARIANTS),
+        f"How the factors make the update: {_one_of(MADE)}.",
+        ", ".join(MADE),
         VARIANTS.__contains__,
     )
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-__all__ = ["Weight", "canonical_name", "count_base", "is_buffer_name", "weights_from"]
+__all__ = ["Weight", "canonical_name", "count_base", "is_buffer_name", "is_embedding_name"]
+__all__ += ["weights_from"]
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
@@ -29,6 +30,7 @@ class Weight:
         tied: the other names under which the same tensor is known.
         head: the owning module is the model's output head.
         packed: quantized storage: why it is thought so, or "".
+        in_first: its matrices are stored as (in, out), not (out, in); None where that is unknown.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Weight:
     tied: tuple[str, ...] = ()
     head: bool = False
     packed: str = ""
+    in_first: bool | None = None
 
     @property
     def numel(self) -> int:
@@ -50,19 +53,22 @@ class Weight:
         return self.dtype.startswith(("float", "bfloat"))
 
     @property
-    def unsuitable(self) -> str:
-        """Why LoRA cannot adapt it, or ""."""
+    def unmergeable(self) -> str:
+        """Why nothing can be added to its numbers, or ""."""
         if self.packed:
             return self.packed
         if not self.is_float:
             return f"of dtype {self.dtype}"
         if self.dtype.startswith("float4"):
             return f"packed as {self.dtype}"
-        if len(self.shape) < 2:
+        return f"empty, of shape {self.shape}" if self.numel == 0 else ""
+
+    @property
+    def unsuitable(self) -> str:
+        """Why LoRA cannot adapt it, or ""."""
+        if not self.unmergeable and len(self.shape) < 2:
             return f"{len(self.shape)}-dimensional"
-        if self.numel == 0:
-            return f"empty, of shape {self.shape}"
-        return ""
+        return self.unmergeable
 
     @property
     def not_linear(self) -> str:
@@ -75,7 +81,7 @@ class Weight:
             return f"of a {self.classes[0].removeprefix('Parametrized')}, not of a linear layer"
         if len(self.shape) != 2:
             return f"{len(self.shape)}-dimensional"
-        if not self.classes and _EMBEDDING.search(self.name):
+        if not self.classes and is_embedding_name(self.name):
             return "an embedding, by its name"
         if self.head:
             return "the output head"
@@ -92,6 +98,11 @@ class Weight:
         meant = not self.unsuitable and not is_buffer_name(self.name) and len(self.shape) == 2
         is_linear = not self.classes or _LINEAR_CLASSES.intersection(self.classes)
         return reason if meant and is_linear else ""
+
+
+def is_embedding_name(name: str) -> bool:
+    """The name is one that embeddings usually have."""
+    return _EMBEDDING.search(name) is not None
 
 
 def is_buffer_name(name: str) -> bool:

@@ -20,7 +20,7 @@ from lora_param.weight.precision import compute_dtype
 from lora_param.weight.variants.base import Variant, product
 
 __all__ = ["Deferred", "NormalForm", "Update", "add_deltas", "fold_initial", "lower_all"]
-__all__ += ["make_update", "merge"]
+__all__ += ["make_update", "merge", "replacing"]
 
 
 @dataclass(slots=True, eq=False)
@@ -196,9 +196,36 @@ def lower_all(W: Tensor, updates: Iterable[Update | Deferred]) -> NormalForm | N
     return NormalForm(W, lowered, total)
 
 
-def add_deltas(W: Tensor, deltas: Iterable[tuple[Region, Tensor]]) -> Tensor:
-    """W with each ΔW added to its region, in fp32 (fp64 for fp64 weights), not yet rounded."""
+def replacing(updates: Iterable[Update | Deferred]) -> list[Deferred]:
+    """The full copies that take the place of W: at full strength, the first on its elements."""
+    found: list[Deferred] = []
+    for u in updates:
+        if isinstance(u, Deferred) and u.variant.value:
+            full = isinstance(u.strength, float | int) and u.scale * u.strength == 1
+            if full and not any(u.region.overlaps(other.region) for other in found):
+                found.append(u)
+    return found
+
+
+def add_deltas(
+    W: Tensor, deltas: Iterable[tuple[Region, Tensor]], copies: Iterable[Deferred] = ()
+) -> Tensor:
+    """W with each ΔW added to its region, in fp32 (fp64 for fp64 weights), not yet rounded.
+
+    Args:
+        W: the weight.
+        deltas: what is added, and where.
+        copies: what takes the place of W before that, see `replacing`.
+    """
     merged = W.to(compute_dtype(W.dtype))
+    for u in copies:
+        value = u.tensors[u.variant.value].to(merged.dtype)
+        value = value.reshape(u.region.shape(tuple(W.shape)))
+        if u.region.is_whole:
+            merged = value.clone()
+        else:
+            merged = merged.clone()
+            merged[u.region.index] = value
     for region, delta in deltas:
         if region.is_whole or region.stacked:
             merged = merged + delta
@@ -220,6 +247,8 @@ def merge(W: Tensor, updates: Iterable[Update | Deferred], alpha: Tensor | None 
     """
     W = dense(W)
     dtype = compute_dtype(W.dtype)
-    deltas = ((u.region, u.delta(W, dtype)) for u in updates)
+    updates = tuple(updates)
+    copies = replacing(updates)
+    deltas = ((u.region, u.delta(W, dtype)) for u in updates if u not in copies)
     start = W if alpha is None else W.to(dtype) * alpha
-    return add_deltas(start, deltas).to(W.dtype)
+    return add_deltas(start, deltas, copies).to(W.dtype)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_param.errors import SliceError
-from lora_param.targets.regions import Region, Target, parse_slice, parse_target
+from lora_param.targets.regions import Region, Target, parse_slice, parse_target, weight_name
 
 
 def resolve(text: str, *shape: int) -> Region:
@@ -72,3 +72,27 @@ def test_overlap_is_what_numpy_sees(a: Region, b: Region) -> None:
 @given(regions)
 def test_the_shape_of_a_region_is_numpys(region: Region) -> None:
     assert region.shape((10, 10, 3)) == np.zeros((10, 10, 3))[region.index].shape
+
+
+def test_picked_rows_are_read_as_they_are_written() -> None:
+    target = parse_target("emb.weight[1,4,5]", (7, 3))
+    assert (str(target), weight_name(str(target))) == ("emb.weight[1,4,5]", "emb.weight")
+    assert target.region.shape((7, 3)) == target.region.matrix((7, 3)) == (3, 3)
+    assert np.arange(7)[target.region.index].tolist() == [1, 4, 5]
+    for key in ("emb.weight[4,1]", "emb.weight[1,1]", "emb.weight[7]"):
+        with pytest.raises(SliceError, match="ascending rows within 0:7"):
+            parse_target(key, (7, 3))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "meet"),
+    [
+        (Region(picked=(1, 4)), Region(picked=(4,)), True),
+        (Region(picked=(1, 4)), Region(picked=(2, 3)), False),
+        (Region(picked=(1, 4)), Region(rows=(2, 4)), False),
+        (Region(picked=(1, 4)), Region(rows=(2, 5)), True),
+        (Region(picked=(1,)), Region(columns=(0, 2)), True),
+    ],
+)
+def test_picked_rows_overlap_what_holds_one_of_them(a: Region, b: Region, meet: bool) -> None:
+    assert a.overlaps(b) is b.overlaps(a) is meet

@@ -138,9 +138,9 @@ def test_numbers_of_other_kinds_are_numbers() -> None:
 
 
 def test_help_names_what_the_registries_hold() -> None:
-    from lora_param.targets.settings import INITS, SCALINGS, VARIANTS
+    from lora_param.targets.settings import INITS, MADE, SCALINGS, VARIANTS
 
-    for setting, names in (("variant", VARIANTS), ("init", INITS), ("scaling", SCALINGS)):
+    for setting, names in (("variant", MADE), ("init", INITS), ("scaling", SCALINGS)):
         for name in names:
             assert name in SETTINGS[setting].help
             assert name in SETTINGS[setting].accepted

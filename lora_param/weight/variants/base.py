@@ -72,11 +72,13 @@ class Variant:  # its methods are defaults, which have no use for all they are g
         by_rows: names of the tensors whose first dimension is the rows of W, where each row of the
             update depends on that row of W and of these tensors alone; empty where it does not.
             A gather from a table lowers the gathered rows only.
+        value: name of the tensor that takes W's place, or "" where something is added to W.
         has_blocks: the update of some rows of W needs no more of W than these rows, so that a file
             is baked a block at a time (see `blocks_of`); otherwise with all of W in memory.
     """
 
     uses_W = True
+    value = ""
     by_rows: tuple[str, ...] = ()
     has_blocks = False
 
