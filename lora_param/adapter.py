@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_param.errors import FingerprintError, MismatchError, NonFiniteError, OptionError
 from lora_param.fingerprint import BaseWeight
+from lora_param.names.table import Names
 from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
 from lora_param.targets.settings import INITIAL, VARIANTS, Settings
@@ -84,11 +85,15 @@ class Host:
         name: what to call it in messages.
         weights: its weights by name, with the classes of their modules where they are known.
         value: gives a weight's numbers, dense; for what depends on them.
+        model_type: the kind of model, where its config says so.
+        names: rules between names, where others than the packaged ones are to be used.
     """
 
     name: str
     weights: Mapping[str, Weight]
     value: Callable[[str], Tensor]
+    model_type: str | None = None
+    names: Names | None = None
 
 
 class LazyTensors(Mapping[str, "Tensor"]):
@@ -136,6 +141,7 @@ class Adapter:
         notes: what could not be checked, or is left out; one sentence each.
         weights_at_hand: the weights of the base that it is on, where there is one.
         settle: settles for a base what the file leaves open; None where nothing is.
+        names: rules between its names and a base's, where others than the packaged ones are given.
     """
 
     targets: dict[str, AdapterTarget]
@@ -148,6 +154,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     weights_at_hand: Mapping[str, Weight] = field(repr=False, default_factory=dict)
     settle: Callable[[Host], Adapter] | None = field(repr=False, default=None)
+    names: Names | None = field(repr=False, default=None)
 
     def on(self, host: Host) -> Adapter:
         """The adapter for this base, with nothing left open.
@@ -156,7 +163,7 @@ class Adapter:
             AdapterError: it does not fit, or fits in several ways.
         """
         settled = self if self.settle is None else self.settle(host)
-        return replace(settled, weights_at_hand=host.weights)
+        return replace(settled, weights_at_hand=host.weights, names=self.names)
 
     def factors(self, key: str) -> dict[str, Tensor]:
         """The tensors of one target, by their short names."""

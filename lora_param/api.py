@@ -28,10 +28,11 @@ from lora_param.formats import (
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.stats import Stats
-from lora_param.targets.options import read_options, takes_settings
+from lora_param.targets.lora_config import LoraConfig, chosen_by
+from lora_param.targets.options import takes_settings
 from lora_param.targets.plan import Plan, Tied, make_plan
 from lora_param.targets.settings import SettingsOptions
-from lora_param.targets.weights import Weight
+from lora_param.targets.weights import Weight, weights_from
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +48,7 @@ Patterns = str | Iterable[str]
 @takes_settings
 def plan(
     model_or_shapes: nn.Module | PathLike | Mapping[str, Sequence[int] | Weight],
-    targets: Patterns = "all-linear",
+    targets: Patterns | LoraConfig = "all-linear",
     *,
     exclude: Patterns = (),
     tied: Tied = "error",
@@ -70,16 +71,16 @@ def plan(
         >>> p.trainable, [c.matched for c in p.counts]
         (1784, [1])
     """
-    settings = read_options(plan, options)
-    weights: Mapping[str, Sequence[int] | Weight]
+    weights: Mapping[str, Weight]
     buffers: Iterable[Weight] = ()
     if isinstance(model_or_shapes, Mapping):
-        weights = model_or_shapes
+        weights = weights_from(model_or_shapes)
     elif isinstance(model_or_shapes, (str, os.PathLike)):
         with open_checkpoint(model_or_shapes, key) as checkpoint:
             weights = checkpoint.weights
     else:
         weights, buffers = weights_of(model_or_shapes), buffers_of(model_or_shapes)
+    targets, settings = chosen_by(plan, targets, exclude, options, weights)
     return make_plan(
         weights, targets, exclude=exclude, settings=settings, tied=tied, buffers=buffers
     )

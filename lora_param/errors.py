@@ -3,6 +3,7 @@
     LoraParamError
     ├── UserError                     something the caller can put right
     │   ├── OptionError               a setting outside its accepted values
+    │   │   └── LoraConfigError       a field of a LoraConfig that has no form here
     │   ├── UnknownOptionError        a keyword that is none of a function's
     │   ├── TargetError               choosing weights
     │   │   ├── PatternError          a pattern that cannot be read
@@ -67,6 +68,7 @@ __all__ = [
     "FingerprintError",
     "InternalError",
     "LayoutError",
+    "LoraConfigError",
     "LoraParamError",
     "MismatchError",
     "MissingFileError",
@@ -166,6 +168,13 @@ class MissingPackageError(UserError, ImportError):
         super().__init__(
             f"{what} needs {package}, which is not installed: pip install '{install}'."
         )
+
+
+class LoraConfigError(OptionError):
+    """A field of a `peft.LoraConfig` that cannot be done as it says."""
+
+    def __init__(self, field: str, found: object, instead: str) -> None:
+        super().__init__(f"{field} of the LoraConfig", found, instead)
 
 
 class NameRuleError(UserError, ValueError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from packed import Int8Rows, PackedNet
+from packed import Int8Flat, Int8Rows, PackedLayers, PackedNet
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -317,10 +317,19 @@ CASES = [
     Case("constant", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), kwargs={"scaling": "constant"}),
     Case("double", lambda: nn.Linear(7, 5), ["weight"], _x(3, 7), dtype=torch.float64),
     Case("packed-base", PackedNet, ["table", "fc", "bare"], _ids(2, 4)),
+    Case("packed-base-parts", PackedNet, ["table[:,1:3]", "fc[1:4]", "bare[0:2]"], _ids(2, 4)),
+    Case("packed-base-flat", lambda: PackedNet(Int8Flat), ["table", "fc", "bare"], _ids(2, 4)),
+    Case(
+        "packed-base-layers",
+        PackedLayers,
+        ["conv", "in_proj_weight", "out_proj", "stack[*]", "cell.weight_*"],
+        _x(2, 2, 4, 4),
+    ),
 ]
 _DECOMPOSED = """linear linear-4d-input linear-rows linear-columns linear-parts mlp embedding conv2d
 conv2d-rows conv2d-grouped conv-transpose mha mha-q-and-v encoder lstm bare-stack tied-together
 tied-apart experts packed-parts rslora double"""
+_DROPPED = "linear mlp conv2d mha encoder experts bare-stack"
 _OTHERS = """linear linear-rows linear-block mlp embedding embedding-pad conv2d conv2d-grouped
 conv-transpose mha mha-q-and-v encoder lstm gru-cell bare-stack tied-together tied-apart experts
 packed packed-parts packed-base"""
@@ -335,16 +344,16 @@ def _also(names: str, label: str, **fields: Any) -> list[Case]:
 PLAIN = CASES
 CASES = [
     *PLAIN,
-    *_also(f"{_DECOMPOSED} packed-base embedding-pad", "dora", variant="dora"),
+    *_also(f"{_DECOMPOSED} packed-base packed-base-layers embedding-pad", "dora", variant="dora"),
     *_also(_OTHERS, "miss", variant="miss"),
     *_also(f"{_DECOMPOSED} packed-base", "dora-columns", variant="dora_columns"),
     *_also("linear mlp embedding conv2d mha encoder lstm experts", "bf16", dtype=torch.bfloat16),
     *_also("linear mlp", "half", dtype=torch.float16),
     *_also("linear mlp conv2d", "dora-bf16", dtype=torch.bfloat16, variant="dora"),
-    *_also("linear mlp conv2d mha encoder experts bare-stack", "dropout", dropout=0.3),
+    *_also(f"{_DROPPED} packed-base-layers", "dropout", dropout=0.3),
     *_also("linear conv2d mha", "dora-dropout", dropout=0.3, variant="dora"),
-    *_also("linear mlp conv2d bare-stack embedding mha packed-base", "pissa", init="pissa"),
-    *_also("linear mlp conv2d bare-stack embedding mha", "olora", init="olora"),
+    *_also("linear mlp conv2d bare-stack embedding mha lstm packed-base", "pissa", init="pissa"),
+    *_also("linear mlp conv2d bare-stack embedding mha packed-base", "olora", init="olora"),
     *_also("linear embedding", "dora-pissa", init="pissa", variant="dora"),
     *_also("linear mlp embedding conv2d mha experts packed-base", "two", adapters=("default", "b")),
     *_also("linear conv2d embedding", "dora-two", adapters=("default", "b"), variant="dora"),

@@ -60,6 +60,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
         """Size of all tensors in bytes, tied ones counted under each name."""
         return sum(t.numel() * t.element_size() for t in self.values())
 
+    @property
+    def model_type(self) -> str | None:
+        """What kind of model it is, where a config beside it says so."""
+        return None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
 

@@ -7,6 +7,7 @@ import difflib
 from lora_param.adapter import Adapter, Host, check_fit
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.errors import MismatchError, UnsuitableWeightError
+from lora_param.names.fit import fitted
 
 __all__ = ["check_checkpoint"]
 
@@ -19,7 +20,7 @@ def check_checkpoint(
     """Check that every target has its weight in the checkpoint; reads sampled elements alone.
 
     Returns:
-        The adapter, with all settled that its file leaves open.
+        The adapter as it is written for this base, with all settled that its file leaves open.
 
     Raises:
         UnsuitableWeightError: a weight that LoRA cannot adapt: complex, integer, sparse, quantized.
@@ -27,8 +28,8 @@ def check_checkpoint(
         FingerprintError: the base holds other values than the one the adapter was made on.
     """
     try:
-        if adapter.settle is not None:
-            adapter = adapter.on(Host(str(base.path), base.weights, base.__getitem__))
+        host = Host(str(base.path), base.weights, base.__getitem__, base.model_type, adapter.names)
+        adapter = fitted(adapter if adapter.settle is None else adapter.on(host), host)
         names = [n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart)]
         for name in names:
             if name in base and (reason := base.weights[name].unmergeable):

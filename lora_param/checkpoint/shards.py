@@ -64,6 +64,14 @@ class DirectoryCheckpoint(Checkpoint):
             _check_index(self.index, self._home, self.parts)
         self.key = next((p.key for p in self.parts.values()), "")
 
+    @property
+    def model_type(self) -> str | None:
+        """The config's model_type."""
+        path = self.path / "config.json"
+        config = load_json(path) if path.is_file() else {}
+        kind = config.get("model_type")
+        return kind if isinstance(kind, str) else None
+
     def _describe(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
         for part in self.parts.values():

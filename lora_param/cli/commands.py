@@ -20,6 +20,7 @@ from lora_param.cli.options import (
     Key,
     Layout,
     Model,
+    Names,
     NoSync,
     Targets,
     weighted,
@@ -163,6 +164,7 @@ def stats(
     ] = None,
     key: Key = None,
     layout: Layout = None,
+    names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     json: Json = False,
@@ -178,7 +180,7 @@ def stats(
     with progress_bar("Measuring", quiet=json) as progress:
         found = lp.stats(
             model,
-            adapter,
+            _read(adapter, layout, names),
             norms=norms,
             key=key,
             check_fingerprint=not ignore_fingerprint,
@@ -264,6 +266,7 @@ def bake(
     ] = False,
     key: Key = None,
     layout: Layout = None,
+    names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     no_sync: NoSync = False,
@@ -278,7 +281,7 @@ def bake(
     with progress_bar("Baking", quiet=json) as progress:
         report = lp.bake_checkpoint(
             model,
-            [weighted(text) for text in adapters],
+            [(_read(path, layout, names), w) for path, w in map(weighted, adapters)],
             output,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -297,6 +300,11 @@ def bake(
         show_json(report.to_dict())
         return
     show(report)
+
+
+def _read(adapter: Any, layout: str | None, names: Path | None) -> Any:
+    """The adapter, read where rules come with it; else its path, which the call reads."""
+    return adapter if names is None else lp.read_adapter(adapter, layout=layout, names=names)
 
 
 @app.command(cls=Command)
@@ -318,6 +326,7 @@ def convert(
     ] = None,
     key: Key = None,
     layout: Layout = None,
+    names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
     no_sync: NoSync = False,
@@ -328,7 +337,7 @@ def convert(
     Example: lora-param convert peft-directory --to native --base model -o adapter.safetensors
     """
     record = lp.convert(
-        adapter,
+        _read(adapter, layout, names),
         to,
         output,
         base=base,
@@ -364,9 +373,7 @@ def check(
             "with a version, vllm==0.11. Repeatable.",
         ),
     ] = None,
-    names: Annotated[
-        Path | None, typer.Option("--names", metavar="FILE", help="Further rules between names.")
-    ] = None,
+    names: Names = None,
     key: Key = None,
     json: Json = False,
 ) -> None:

@@ -9,8 +9,8 @@ import typer
 
 from lora_param.errors import OptionError
 
-__all__ = ["MODEL", "AdapterFile", "AnyBase", "Force", "Json", "Key", "Model", "NoSync", "Targets"]
-__all__ += ["weighted"]
+__all__ = ["MODEL", "AdapterFile", "AnyBase", "Force", "Json", "Key", "Layout", "Model", "Names"]
+__all__ += ["NoSync", "Targets", "weighted"]
 
 MODEL = (
     "A .safetensors, .pt, .pth, .bin or .ckpt file, a directory of them, "
@@ -34,6 +34,10 @@ Layout = Annotated[
     typer.Option(
         metavar="out-in|in-out", help="How square weights are stored, where nothing tells it."
     ),
+]
+Names = Annotated[
+    Path | None,
+    typer.Option("--names", metavar="FILE", help="Further rules between names, one line each."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from lora_param.adapter import Adapter
@@ -15,6 +16,7 @@ from lora_param.formats import native, peft
 from lora_param.formats.base import Format
 from lora_param.formats.native import check_adapter_name
 from lora_param.formats.unknown import ACCEPTED, unknown_adapter
+from lora_param.names.table import read_names
 
 __all__ = [
     "FORMATS",
@@ -38,15 +40,22 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return any(f.recognise(Path(path)) for f in FORMATS.values())
 
 
-def read_adapter(path: str | os.PathLike[str], *, layout: str | None = None) -> Adapter:
+def read_adapter(
+    path: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    names: str | os.PathLike[str] | None = None,
+) -> Adapter:
     """Read an adapter of any format; its tensors are read when they are asked for.
 
     Args:
         path: a native adapter file, or a directory or file of PEFT.
         layout: "out-in" or "in-out": how the base stores square weights, for a file that does not
             tell and a base whose classes are unknown.
+        names: a file of further rules between the adapter's names and a base's.
 
     Raises:
+        NameRuleError: `names` cannot be read.
         MissingFileError: there is nothing at this path.
         BrokenFileError: it is damaged, or its tensors and its settings do not agree.
         UnknownFileError: it is no adapter, or one of a format that is not supported.
@@ -57,7 +66,8 @@ def read_adapter(path: str | os.PathLike[str], *, layout: str | None = None) -> 
         raise MissingFileError(path, ACCEPTED)
     for known in FORMATS.values():
         if known.recognise(path):
-            return known.read(path, layout=layout)
+            adapter = known.read(path, layout=layout)
+            return adapter if names is None else replace(adapter, names=read_names(names))
     raise unknown_adapter(path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, Unpack
 
 import torch
@@ -32,8 +33,10 @@ from lora_param.model.sites import (
     unwrapped,
 )
 from lora_param.model.weights import buffers_of, weights_of
-from lora_param.targets.options import read_options, takes_settings
+from lora_param.targets.lora_config import LoraConfig, chosen_by
+from lora_param.targets.options import takes_settings
 from lora_param.targets.plan import PlannedTarget, Tied, make_plan
+from lora_param.targets.regions import Target
 from lora_param.targets.settings import SettingsOptions
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight
@@ -52,7 +55,7 @@ _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # they have kernel
 @takes_settings
 def apply(
     model: Model,
-    targets: Patterns = "all-linear",
+    targets: Patterns | LoraConfig = "all-linear",
     *,
     exclude: Patterns = (),
     adapter: str = "default",
@@ -70,7 +73,8 @@ def apply(
 
     Args:
         model: any module; changed in place.
-        targets: patterns that choose weights, see the README's "Targets".
+        targets: patterns that choose weights, see the README's "Targets"; or a `peft.LoraConfig`
+            or its dict, which says the settings as well.
         exclude: patterns that take away.
         adapter: its name, for models that carry several.
         freeze: set requires_grad to False on everything but the factors; `remove` and `bake` set
@@ -96,10 +100,11 @@ def apply(
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
         32
     """
-    settings = read_options(apply, options)
+    weights = weights_of(model)
+    targets, settings = chosen_by(apply, targets, exclude, options, weights)
     _check_can_attach(model, adapter)
     plan = make_plan(
-        weights_of(model),
+        weights,
         targets,
         exclude=exclude,
         settings=settings,
@@ -145,7 +150,12 @@ def attach(
     adapter = check_base(model, adapter, check_fingerprint)
     loras = []
     for key, target in adapter.targets.items():
-        owner, tensor = where[target.target.name]
+        # of tied names the model may lack some: a model without its head has the embedding alone
+        first, *also = (n for n in (target.target.name, *target.also) if n in where)
+        if (first, *also) != (target.target.name, *target.also):
+            moved = Target(first, target.target.region)
+            target = replace(target, target=moved, also=tuple(also))
+        owner, tensor = where[first]
         W = base_tensor(owner, tensor)
         factors = {n: t.to(W.device, copy=True) for n, t in adapter.factors(key).items()}
         loras.append((target, factors))

@@ -7,16 +7,15 @@ three ways:
 - its properties read `self`. torch's close over the module they were made for, so that a deepcopy
   can return the original's weight;
 - it can be pickled and copied. torch refuses to pickle, and its copies share a class that
-  `remove_parametrizations` takes apart under the other's feet; ours is shared by all like modules,
-  and never changed;
-- a state dict under the original names loads: `weight` goes to `parametrizations.weight.original`.
+  `remove_parametrizations` changes for both; ours is shared by all like modules, and never changed;
+- a state dict under the original names loads, see `loading.py`.
 
 A module that somebody else has parametrized keeps torch's class; LoRA joins its chain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,22 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_param.errors import ComputedWeightError, MismatchError, ResumeError
-from lora_param.fingerprint import tensor_base_weight
+from lora_param.errors import ComputedWeightError
 from lora_param.model.cache import kept, kept_once
+from lora_param.model.loading import hook_loading, is_plain, rename_base_keys, unhook_loading
 from lora_param.model.lora import LoRA
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight, built
-from lora_param.weight.base import dense, storage_of
+from lora_param.weight.base import storage_of
 from lora_param.weight.opaque import opaque
 
-__all__ = ["FINGERPRINT", "Site", "base_of", "chain_of", "chain_value", "fingerprint_tensor"]
-__all__ += ["first_order", "is_adapted", "is_plain_chain", "originals_of", "others_of"]
-__all__ += ["register_lora", "rename_base_keys", "replace_original", "same_weight", "sites_of"]
-__all__ += ["unregister_loras"]
+__all__ = ["Site", "base_of", "chain_of", "chain_value", "first_order", "is_adapted"]
+__all__ += ["is_plain_chain", "originals_of", "others_of", "register_lora", "replace_original"]
+__all__ += ["same_weight", "sites_of", "unregister_loras"]
 
 _ORDER = "_lora_param_order"  # on the ModuleDict: the owner's parameters in their first order
-FINGERPRINT = "fingerprint"  # among a weight's entries of a state dict, instead of a frozen W
 _BASE = "_lora_param_base"  # on an injected class: the class that the module had
 _FUSED = "_lora_param_fused"  # on an injected class: the module is part of one with fused kernels
 _TENSORS = "_lora_param_tensors"  # on an injected class: what is computed on it
@@ -125,8 +122,7 @@ def _lists(owner: nn.Module) -> nn.ModuleDict:
 
 def is_plain_chain(owner: nn.Module, tensor: str) -> bool:
     """Nothing but LoRA is on this tensor."""
-    chain = chain_of(owner, tensor)
-    return bool(chain.is_tensor) and all(isinstance(p, LoRA) for p in chain)
+    return is_plain(chain_of(owner, tensor))
 
 
 def is_adapted(owner: nn.Module, tensor: str) -> bool:
@@ -187,7 +183,7 @@ def register_lora(owner: nn.Module, tensor: str, lora: LoRA, *, fused: bool = Fa
     if lists is not None and (tensor in lists._modules or not _is_ours(owner)):
         parametrize.register_parametrization(owner, tensor, lora, unsafe=True)
         if not _is_ours(owner):
-            _hook_loading(owner)
+            hook_loading(owner)
         return
     if lists is None:
         lists = owner._modules["parametrizations"] = nn.ModuleDict()
@@ -219,7 +215,7 @@ def unregister_loras(owner: nn.Module, tensor: str, gone: Collection[LoRA]) -> N
     if not _is_ours(owner):
         _unshare_class(owner)
         parametrize.remove_parametrizations(owner, tensor, leave_parametrized=False)
-        _unhook_loading(owner)
+        unhook_loading(owner)
         return
     lists = _lists(owner)
     order = lists.__dict__[_ORDER]
@@ -328,12 +324,12 @@ def _adopt(owner: nn.Module) -> None:
         return
     if not all(is_plain_chain(owner, tensor) for tensor in tensors):
         if not _is_ours(owner):
-            _hook_loading(owner)
+            hook_loading(owner)
         return
     if not _is_ours(owner):
         if not all(isinstance(cls.__dict__.get(tensor), property) for tensor in tensors):
             return  # somebody else's mechanism
-        _unhook_loading(owner)
+        unhook_loading(owner)
     # Where they stood among the other parameters is not known: weights are made before biases.
     lists.__dict__.setdefault(_ORDER, (*tensors, *owner._parameters))
     base = cls.__dict__[_BASE] if _is_ours(owner) else cls.__bases__[0]
@@ -396,77 +392,6 @@ def _rebuild(base: type[nn.Module], tensors: tuple[str, ...], fused: bool = Fals
     module = base.__new__(base)
     module.__class__ = _shared_class(base, tensors, fused)
     return module
-
-
-def rename_base_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
-) -> None:
-    """Make a state dict that holds `weight` fit a module on which it is parametrized.
-
-    The base goes to `parametrizations.weight.original`. The adapter is no part of such a state
-    dict: its own values stand in for it, so that a strict load passes and leaves it as it is.
-
-    Where the factors are there as well (see `model/pretrained.py`), `weight` is W + ΔW and left
-    out: W is in the state dict under its own name, or the model's, if it has the fingerprint.
-
-    Raises:
-        ResumeError: W is another one.
-        MismatchError: a fingerprint of W without all factors.
-    """
-    for tensor, chain in _lists(module).named_children():
-        inner, plain = f"{prefix}parametrizations.{tensor}.", f"{prefix}{tensor}"
-        told = state_dict.pop(f"{inner}{FINGERPRINT}", None)
-        own = chain.state_dict(keep_vars=True)
-        if told is not None:
-            _check_resumed(f"{prefix}{tensor}", own, told, state_dict, inner)
-        if not is_plain_chain(module, tensor) or (plain not in state_dict and told is None):
-            continue
-        value = state_dict.pop(plain, None)
-        if told is None:
-            state_dict.setdefault(f"{inner}original", value)
-        for name, kept_value in own.items():
-            state_dict.setdefault(f"{inner}{name}", kept_value)
-
-
-def fingerprint_tensor(W: Tensor) -> Tensor:
-    """The fingerprint of a base weight, as a tensor of text for a state dict."""
-    known = tensor_base_weight(dense(W))
-    return torch.tensor(list(f"{known.dtype} {known.hash}".encode()), dtype=torch.uint8)
-
-
-def _check_resumed(
-    name: str, own: dict[str, Tensor], told: Tensor, state_dict: dict[str, Any], inner: str
-) -> None:
-    here, there = (bytes(t.tolist()).decode() for t in (fingerprint_tensor(own["original"]), told))
-    if here != there:
-        raise ResumeError(canonical_name(name), here, there)
-    missing = [n for n in own if n != "original" and f"{inner}{n}" not in state_dict]
-    if missing:
-        raise MismatchError("the state dict", f"the adapters on {name}", missing=missing)
-
-
-# --- modules that somebody else has parametrized ----------------------------------------------
-
-
-def _load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    if "parametrizations" in module._modules:
-        rename_base_keys(module, state_dict, prefix)
-
-
-def _hook_loading(owner: nn.Module) -> None:
-    hooks = owner._load_state_dict_pre_hooks.values()
-    if not any(_is_our_hook(hook) for hook in hooks):
-        owner.register_load_state_dict_pre_hook(_load_hook)  # type: ignore[no-untyped-call]
-
-
-def _unhook_loading(owner: nn.Module) -> None:
-    for key, hook in list(owner._load_state_dict_pre_hooks.items()):
-        if _is_our_hook(hook):
-            del owner._load_state_dict_pre_hooks[key]
-
-
-def _is_our_hook(hook: Callable[..., Any]) -> bool:
-    return getattr(hook, "hook", hook) is _load_hook
 
 
 def _unshare_class(owner: nn.Module) -> None:

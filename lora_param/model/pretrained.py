@@ -29,14 +29,13 @@ from torch import Tensor, nn
 
 from lora_param.errors import NotPretrainedError, ResizeError, RetieError
 from lora_param.model.attach import (
-    FINGERPRINT,
     Site,
     chain_of,
-    fingerprint_tensor,
     is_adapted,
     same_weight,
     sites_of,
 )
+from lora_param.model.loading import FINGERPRINT, fingerprint_tensor
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import by_weight
 from lora_param.model.state import check_chains, merge_identity, renamed_state_dict

@@ -16,6 +16,7 @@ from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensor, own_sites, owners, sites, unwrapped
 from lora_param.model.switching import switch_lora
 from lora_param.model.weights import weights_of
+from lora_param.names.fit import fitted
 from lora_param.targets.regions import Target
 from lora_param.weight.base import dense
 
@@ -40,21 +41,35 @@ def _fingerprint(owner: nn.Module, tensor: str) -> BaseWeight:
     return replace(found, hash=whole)
 
 
+def for_model(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter as it is written for this model, with all settled that its file leaves open.
+
+    Raises:
+        MismatchError: a name that stands nowhere in the model.
+        LayoutError: a target without a form in the model's layout.
+    """
+    where = owners(model)
+    if adapter.settle is None and all(t.target.name in where for t in adapter.targets.values()):
+        return adapter
+
+    def value(name: str) -> Tensor:
+        return dense(base_tensor(*where[name])).detach()
+
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    host = Host("the model", weights_of(model), value, kind, adapter.names)
+    adapter = fitted(adapter if adapter.settle is None else adapter.on(host), host)
+    adapter.check_finite()  # nobody has looked at it yet
+    return adapter
+
+
 def check_base(model: nn.Module, adapter: Adapter, check_fingerprint: bool) -> Adapter:
     """Check that an adapter fits the model's base, as `check_fit` does.
 
     Returns:
         The adapter, with all settled that its file leaves open.
     """
-    if adapter.settle is not None:
-        where = owners(model)
-
-        def value(name: str) -> Tensor:
-            return dense(base_tensor(*where[name])).detach()
-
-        host = Host("the model", weights_of(model), value)
-        adapter = adapter.on(host)
-        adapter.check_finite()  # nobody has looked at it yet
+    adapter = for_model(model, adapter)
     names = (n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart))
     base = fingerprint(model, names)
     check_fit(adapter, base, "the model", check_fingerprint=check_fingerprint)
@@ -101,7 +116,7 @@ def load_into(
     Raises:
         MismatchError: targets that only one side has (unless strict is False), or other shapes.
     """
-    adapter = check_base(unwrapped(model), adapter, False) if adapter.settle else adapter
+    adapter = for_model(unwrapped(model), adapter)
     mine = {s.key: s for s in own_sites(sites(model, name))}
     missing = [k for k in mine if k not in adapter.targets]
     unexpected = [k for k in adapter.targets if k not in mine]

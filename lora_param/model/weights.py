@@ -15,6 +15,8 @@ __all__ = ["buffers_of", "weights_of"]
 
 def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
     """The parameters of a live model under their original names, parametrized ones included."""
+    from lora_param.weight.base import logical_dtype, logical_shape
+
     names: dict[int, list[str]] = {}
     found: dict[str, tuple[torch.Tensor, torch.nn.Module]] = {}
     for name, tensor, owner in _parameters(model):
@@ -26,8 +28,8 @@ def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
     return {
         name: Weight(
             name,
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
+            logical_shape(tensor),
+            str(logical_dtype(tensor)).removeprefix("torch."),
             tuple(
                 c.__name__ for c in type(owner).__mro__ if c.__name__ not in ("Module", "object")
             ),
@@ -59,7 +61,12 @@ def _in_first(owner: torch.nn.Module, tensor: torch.Tensor) -> bool | None:
 
 
 def _packed(tensor: torch.Tensor) -> str:
+    """Why it has no values to adapt: it is of a class that nothing reads, or of no class yet."""
+    from lora_param.weight.base import storage_of
+
     kind = type(tensor).__name__
+    if storage_of(tensor) is not None:
+        return ""
     if kind in ("Parameter", "Tensor", "UninitializedParameter", "DTensor", "FakeTensor"):
         return "not yet initialised" if kind == "UninitializedParameter" else ""
     is_quantized = hasattr(tensor, "dequantize") and type(tensor).__module__.startswith(

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
-from lora_param.adapter import Adapter
+from lora_param.adapter import Adapter, Host
 from lora_param.errors import MismatchError
 from lora_param.fingerprint import BaseWeight
 from lora_param.names.relayout import relayout
 from lora_param.names.resolve import Here, Resolution, WholeOf, resolve
-from lora_param.names.table import Names
 from lora_param.targets.weights import Weight
 
 __all__ = ["fitted"]
 
 
-def fitted(
-    adapter: Adapter,
-    base: Mapping[str, Weight],
-    base_name: str,
-    *,
-    names: Names | None = None,
-    model_type: str | None = None,
-) -> tuple[Adapter, list[str]]:
-    """The adapter as it is written for this base, and what had to be done, one sentence each.
+def fitted(adapter: Adapter, host: Host) -> Adapter:
+    """The adapter as it is written for this base; what had to be done is in its notes.
 
     Args:
-        adapter: any.
-        base: the base's weights, by name.
-        base_name: what to call the base in messages.
-        names: the rules between names; the packaged ones by default.
-        model_type: the base's, where its config says so.
+        adapter: any, settled.
+        host: the base, and the rules between names.
 
     Returns:
-        The same adapter and no sentence, where every name is the base's own.
+        The same adapter, where every name is the base's own.
 
     Raises:
         MismatchError: a weight that stands nowhere in the base; both sides are listed, and the
@@ -42,14 +32,15 @@ def fitted(
         LayoutError: a target without a form in the base's layout.
     """
     wanted = [n for t in adapter.targets.values() for n in (t.target.name, *t.also)]
-    if all(name in base for name in wanted):
-        return adapter, []
-    found = resolve(wanted, base, names, model_type)
+    if all(name in host.weights for name in wanted):
+        return adapter
+    found = resolve(wanted, host.weights, host.names, host.model_type)
     lost = [k for k, t in adapter.targets.items() if t.target.name not in found.places]
     if lost:
-        raise _mismatch(adapter, base, base_name, found, lost)
-    shapes = {n: BaseWeight(w.shape, w.dtype) for n, w in base.items()}
-    return relayout(adapter, found, shapes), _told(adapter, found)
+        raise _mismatch(adapter, host.weights, host.name, found, lost)
+    shapes = {n: BaseWeight(w.shape, w.dtype) for n, w in host.weights.items()}
+    new = relayout(adapter, found, shapes)
+    return replace(new, notes=(*adapter.notes, *_told(adapter, found)))
 
 
 def _mismatch(
@@ -86,10 +77,10 @@ def _told(adapter: Adapter, found: Resolution) -> list[str]:
     for t in adapter.targets.values():
         place, name = found.places[t.target.name], t.target.name
         if isinstance(place, Here):
-            same = "under their own names" if place.name == name else "under another prefix"
+            same = "under their own names" if place.name == name else "under another name"
             counts[same] += 1
         else:
             verb = "split" if isinstance(place, WholeOf) else "put together"
             counts[f"{verb} by {place.rule.text!r}"] += 1
     total = len(adapter.targets)
-    return [f"{n} of {total} targets {how}" for how, n in counts.items()]
+    return [f"{n} of {total} targets {how}." for how, n in counts.items()]

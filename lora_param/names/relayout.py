@@ -228,13 +228,6 @@ def _fuse(
     adapter, shape = result.source, result.shapes[whole].shape
     keys = {i: key for (i, _), key in parts.items()}
     targets = {i: adapter.targets[key] for i, key in keys.items()}
-    if len(rule.parts) == 1:
-        key = keys[0]
-        target = replace(
-            targets[0], target=Target(whole, targets[0].target.region), also=(), apart=()
-        )
-        result.add(target, {n: _reader(adapter, key, n) for n in adapter.tensor_names(key)})
-        return
     sizes = {i: _rows_of(adapter, key) for i, key in keys.items()}
     starts = _starts(rule, sizes, shape[0])
     if starts is None:

@@ -123,13 +123,13 @@ def _by_rules(
     rules: Iterable[Rule],
     index: Mapping[str, list[str]],
     found: Resolution,
-) -> PartOf | WholeOf | None:
+) -> Here | PartOf | WholeOf | None:
     for rule in rules:
         match = rule.whole.match(canonical)
         if match is not None:
             parts, lacking = _parts(rule, match[0], index)
             if parts and lacking is None:
-                return WholeOf(rule, parts)
+                return Here(parts[0][0]) if rule.is_renaming else WholeOf(rule, parts)
             if lacking is not None:
                 found.partial.setdefault(name, (rule, lacking))
         for i, part in enumerate(rule.parts):
@@ -138,7 +138,8 @@ def _by_rules(
                 continue
             whole = rule.whole.name(match[0])
             if len(index.get(whole, ())) == 1:
-                return PartOf(index[whole][0], rule, i, match[1])
+                name = index[whole][0]
+                return Here(name) if rule.is_renaming else PartOf(name, rule, i, match[1])
             found.partial.setdefault(name, (rule, whole))
     return None
 

@@ -85,6 +85,11 @@ class Rule:
         """The whole is a stack, the parts are matrices."""
         return self.parts[0].of_experts
 
+    @property
+    def is_renaming(self) -> bool:
+        """Both sides are the same tensor."""
+        return len(self.parts) == 1 and not self.of_experts
+
 
 @dataclass(frozen=True)
 class Names:

@@ -40,7 +40,7 @@ class TargetRow:
         singular_values: of ΔW, greatest first, where they were measured; of a stack each is the
             root of the sum of squares over its matrices. Their norm is `update_norm`. Of DoRA,
             whose ΔW is of full rank, they and the effective rank are those of scale·(B @ A).
-        variant: lora or dora.
+        variant: its name.
     """
 
     target: str

@@ -1,6 +1,6 @@
 """`AdaptedWeight`: the tensor that is W + ΔW without being built.
 
-It equals W + Σ scale·(B @ A) for every operation. Operations with a rule (`rules.py`) work on W and
+It equals W + Σ scale·(B @ A) for every operation. Operations with a rule (`rules/`) work on W and
 the factors directly; any other builds the weight first. Nothing is kept beyond the object's life.
 
 It is one file, however long: all that a tensor is asked besides operations with rules.
@@ -76,7 +76,7 @@ class AdaptedWeight(Computed):
     """A tensor equal to α ∘ W + ΔW of each update, built only where an operation needs the matrix.
 
     Two classes make it: this one can be traced by torch.compile and is made while compiling; the
-    eager one has no data at all, so that a pointer taken behind our back fails.
+    eager one has no data at all, so that code which takes its data pointer fails.
 
     Attributes:
         base: W.
@@ -233,6 +233,11 @@ class EagerAdaptedWeight(AdaptedWeight, metaclass=_Comparable):
         return super().__getitem__(index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedWeight:
+        for t in self.parts:
+            if (
+                not t.is_leaf
+            ):  # made of others, an initial pair among them; torch copies leaves alone
+                memo[id(t)] = t.detach().clone().requires_grad_()
         base, updates, alpha = deepcopy((self.base, self.updates, self.alpha), memo)
         copy = memo[id(self)] = EagerAdaptedWeight(base, updates, alpha)
         return copy

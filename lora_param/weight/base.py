@@ -7,12 +7,14 @@ written to; what replaces it, as in `bake`, is dense.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Storage", "dense", "identity", "left_product", "linear", "logical_dtype"]
-__all__ += ["logical_shape", "register_storage", "storage_of"]
+__all__ = ["Storage", "dense", "gather", "identity", "left_product", "linear", "logical_dim"]
+__all__ += ["logical_dtype", "logical_shape", "register_storage", "storage_of", "take"]
 
 
 class Storage:
@@ -33,6 +35,10 @@ class Storage:
     def dense(self, W: Tensor) -> Tensor:
         """The numbers, as a plain tensor of `shape` and `dtype`."""
         return W.dequantize()
+
+    def take(self, W: Tensor, index: Any) -> Tensor:
+        """W[index] as a plain tensor: rows of a table, matrices of a stack."""
+        return self.dense(W)[index]
 
     def linear(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b, for a matrix (m, n). x (*, n) → (*, m)"""
@@ -62,6 +68,12 @@ def logical_shape(W: Tensor) -> tuple[int, ...]:
     return tuple(W.shape) if storage is None else storage.shape(W)
 
 
+def logical_dim(W: Tensor) -> int:
+    """How many dimensions `logical_shape` has."""
+    storage = _STORAGES.get(type(W))
+    return W.dim() if storage is None else len(storage.shape(W))
+
+
 def logical_dtype(W: Tensor) -> torch.dtype:
     """The dtype that W's numbers are computed in."""
     storage = _STORAGES.get(type(W))
@@ -72,6 +84,18 @@ def dense(W: Tensor) -> Tensor:
     """W as a plain tensor: itself, where it is one."""
     storage = _STORAGES.get(type(W))
     return W if storage is None else storage.dense(W)
+
+
+def take(W: Tensor, index: Any) -> Tensor:
+    """W[index], by its first dimension."""
+    storage = _STORAGES.get(type(W))
+    return W[index] if storage is None else storage.take(W, index)
+
+
+def gather(ids: Tensor, W: Tensor, padding_idx: int | None) -> Tensor:
+    """Rows of a table, of which that of padding learns nothing. ids (*), W (V, D) → (*, D)"""
+    storage = _STORAGES.get(type(W))
+    return F.embedding(ids, W, padding_idx) if storage is None else storage.take(W, ids)
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Dropout on the input of A that keeps neither a dropped copy nor a mask of floats.
+"""Dropout on the input of A, for all rules: for backward it keeps bits, no mask of numbers.
 
-Sixteen random bits decide an element. The decisions are kept as bits, an eighth of a byte each,
-and the input is masked block by block as it is used.
+Sixteen random bits decide an element, and the decision is kept as one bit. The kernels mask their
+input block by block as they use it (`draw_bits`, `masks`); other rules call `dropout`.
 """
 
 from __future__ import annotations

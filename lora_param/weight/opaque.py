@@ -42,6 +42,8 @@ class _OpaqueAdaptedWeight(EagerAdaptedWeight):
     def __getattribute__(self, name: str) -> Any:
         if name == "__torch_function__":
             return no_torch_function
+        if name == "__torch_dispatch__":  # which older torch asks the object for, while it is made
+            return object.__getattribute__(self, name)
         own = object.__getattribute__(self, "__dict__")
         return own if name == "__dict__" else getattr(own["weight"], name)
 

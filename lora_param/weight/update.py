@@ -136,7 +136,7 @@ def make_update(
 ) -> Update | Deferred:
     """The update that a target's tensors make. They hold no initial pair, see `fold_initial`."""
     if variant.uses_W:
-        # what stands in the module may be another tensor by then
+        # a dict of its own: the module may hold other tensors by the time that this is lowered
         return Deferred(variant, dict(tensors), scale, strength, region, dropout, known)
     return Update(*variant.pair(tensors, scale, strength), region, dropout)
 

@@ -27,14 +27,14 @@ ESCAPE = "\x1b"
 OPTIONS = {
     "apply": "-t --target --exclude -r --rank --alpha --scaling --init --dropout --variant --seed "
     "--dry-run -o --output --tied --name --key --force --no-sync --json",
-    "stats": "--fail-on-dead --norms --no-norms --html --key --layout "
+    "stats": "--fail-on-dead --norms --no-norms --html --key --layout --names "
     "--ignore-fingerprint --force --json",
     "enable": "-t --target --json",
     "disable": "-t --target --json",
-    "bake": "-o --output --dtype --in-place --verify --no-sync --force --key --layout "
+    "bake": "-o --output --dtype --in-place --verify --no-sync --force --key --layout --names "
     "--ignore-fingerprint --json",
-    "convert": "--to -o --output --base --key --layout --ignore-fingerprint --force --no-sync "
-    "--json",
+    "convert": "--to -o --output --base --key --layout --names --ignore-fingerprint --force "
+    "--no-sync --json",
     "check": "--for --names --key --json",
     "extract": "-o --output -t --target -r --rank --energy --error --exact --name --seed --key "
     "--force --no-sync --json",

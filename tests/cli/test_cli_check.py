@@ -117,3 +117,19 @@ def test_a_verdict_in_the_library(here):
     assert "32 is above the default max_lora_rank" in str(found)
     assert repr(found).endswith("itself: accepted, vllm: refused, sglang: accepted>")
     shutil.rmtree(here / "a")
+
+
+def test_rules_of_a_file_are_for_every_command_that_takes_an_adapter(here, cli: Cli):
+    W = np.ones((10, 6), np.float32)
+    save_file({"fc2.weight": W}, here / "other.safetensors")
+    peft_adapter(here / "a")
+    (here / "names.txt").write_text("*.fc2.weight = *.fc1.weight\n")
+    for command in (
+        ["stats", "other.safetensors", "a"],
+        ["bake", "other.safetensors", "a", "-o", "baked.safetensors"],
+        ["convert", "a", "--to", "native", "--base", "other.safetensors", "-o", "n.safetensors"],
+    ):
+        assert "fc1" in cli(*command).err
+        done = cli(*command, "--names", "names.txt")
+        assert (done.status, done.err) == (0, "")
+    assert list(lp.read_adapter("n.safetensors").targets) == ["fc2.weight"]

@@ -176,3 +176,24 @@ def test_a_foreign_subclass_and_its_getstate_survive() -> None:
     assert isinstance(twin, Custom)
     assert twin.marked
     assert torch.equal(twin.weight.detach(), model.weight.detach())
+
+
+class Tied(nn.Module):
+    def __init__(self, *, head: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 6)
+        if head:
+            self.head = nn.Linear(6, 12, bias=False)
+            self.head.weight = self.embed.weight
+
+
+def test_of_tied_names_the_model_may_lack_some() -> None:
+    torch.manual_seed(0)
+    model = lp.apply(Tied(head=True), ["embed", "head"], rank=2)
+    for p in lp.parameters(model):
+        nn.init.normal_(p)
+    record = lp.get_adapter(model)
+    assert record.targets["embed.weight"].also == ("head.weight",)
+    torch.manual_seed(0)
+    alone = lp.attach(Tied(head=False), record)
+    assert torch.equal(alone.embed.weight.clone(), model.embed.weight.clone())

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_param.adapter import Adapter, AdapterTarget
+from lora_param.adapter import Adapter, AdapterTarget, Host
 from lora_param.errors import LayoutError, MismatchError
 from lora_param.fingerprint import BaseWeight
-from lora_param.names.fit import fitted
+from lora_param.names.fit import fitted as fit_to
 from lora_param.names.resolve import Here, PartOf, WholeOf, resolve
-from lora_param.names.table import parse_names
+from lora_param.names.table import Names, parse_names
 from lora_param.targets.regions import Region, Target
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import Weight
@@ -28,6 +28,17 @@ STACK = Region(stacked=True)
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Weight]:
     return {n: Weight(n, tuple(s)) for n, s in shapes.items()}
+
+
+def fitted(
+    adapter: Adapter,
+    base: dict[str, Weight],
+    name: str,
+    names: Names | None = None,
+    model_type: str | None = None,
+) -> tuple[Adapter, list[str]]:
+    new = fit_to(adapter, Host(name, base, lambda n: torch.zeros(base[n].shape), model_type, names))
+    return new, list(new.notes)
 
 
 def adapter_on(
@@ -72,7 +83,7 @@ def test_split_projections_become_slices_of_a_fused_one():
     assert torch.equal(deltas(new, base)["model.l.qkv_proj.weight"], expected)
     assert told == [
         "3 of 3 targets put together by "
-        "'*.qkv_proj.weight = *.q_proj.weight | *.k_proj.weight ~ *.v_proj.weight'"
+        "'*.qkv_proj.weight = *.q_proj.weight | *.k_proj.weight ~ *.v_proj.weight'."
     ]
 
 
@@ -214,7 +225,7 @@ def test_prefixes_come_and_go_and_the_fingerprint_stays():
     adapter = adapter_on({"base_model.model.model.layers.0.o_proj.weight": (4, 4)})
     new, told = fitted(adapter, weights({"language_model.layers.0.o_proj.weight": (4, 4)}), "b")
     assert new.base["language_model.layers.0.o_proj.weight"].hash == "0" * 16
-    assert told == ["1 of 1 targets under another prefix"]
+    assert told == ["1 of 1 targets under another name."]
 
 
 def test_names_that_are_the_bases_own_change_nothing():

@@ -13,23 +13,49 @@ from functools import partial
 from lora_param.adapter import Adapter, Host, LazyTensors
 from lora_param.formats.peft.config import PeftConfig
 from lora_param.formats.peft.keys import Keys
-from lora_param.names.resolve import Here, resolve
+from lora_param.names.resolve import Here, PartOf, WholeOf, resolve
 from lora_param.targets.regions import Target
+from lora_param.targets.weights import Weight
 
 __all__ = ["renamed", "under_their_names"]
 
 
-def under_their_names(host: Host, keys: Keys, config: PeftConfig) -> tuple[Host, dict[str, str]]:
-    """The base as the adapter names its weights, and the base's own name of each that differs."""
+def under_their_names(
+    host: Host, keys: Keys, config: PeftConfig, factors: Mapping[str, tuple[int, ...]]
+) -> tuple[Host, dict[str, str]]:
+    """The base as the adapter names its weights, and the base's own name of each that differs.
+
+    What the base has fused, split or stacked is listed as the weight that the adapter means: its
+    targets are settled as that, and written down for the base by `names.fitted`.
+
+    Args:
+        factors: (out, in) of the adapter's matrices, by the name of the weight.
+    """
     wanted = [n for n in _names(keys, config) if n not in host.weights]
     if not wanted:
         return host, {}
-    places = resolve(wanted, host.weights).places
+    places = resolve(wanted, host.weights, host.names, host.model_type).places
     own = {theirs: p.name for theirs, p in places.items() if isinstance(p, Here)}
-    if not own:
-        return host, {}
     weights = {**host.weights, **{n: replace(host.weights[o], name=n) for n, o in own.items()}}
-    return Host(host.name, weights, lambda name: host.value(own.get(name, name))), own
+    for name, place in places.items():
+        if isinstance(place, PartOf) and name in factors:
+            weights[name] = Weight(name, factors[name])
+        elif isinstance(place, WholeOf):
+            weights[name] = _whole(name, place, host.weights)
+    if len(weights) == len(host.weights):
+        return host, {}
+    return replace(host, weights=weights, value=lambda n: host.value(own.get(n, n))), own
+
+
+def _whole(name: str, place: WholeOf, weights: Mapping[str, Weight]) -> Weight:
+    """A weight as it would be, were the base's parts of it in one tensor."""
+    shapes = [weights[part].shape for part in place.parts[0]]
+    rows, columns = sum(s[0] for s in shapes), shapes[0][1]
+    turned = place.rule.transposed
+    matrix = (columns, rows) if turned else (rows, columns)
+    if not place.rule.of_experts:
+        return Weight(name, matrix)
+    return Weight(name, (len(place.parts), *matrix), in_first=turned)
 
 
 def _names(keys: Keys, config: PeftConfig) -> Iterable[str]:

@@ -57,7 +57,12 @@ def read_peft(path: Path, *, layout: str | None = None) -> Adapter:
 def _settle(source: Source, keys: Keys, layout: str | None, host: Host | None) -> Adapter:
     if host is None:
         return _read(source, keys, layout, None)
-    same, own = under_their_names(host, keys, source.config)
+    factors = {}
+    for layer in keys.layers:
+        A, B = (source.shapes[layer.parts[p]] if p in layer.parts else () for p in "AB")
+        if len(A) == len(B) == 2:
+            factors[f"{layer.module}.weight"] = (B[0], A[1])
+    same, own = under_their_names(host, keys, source.config, factors)
     return renamed(_read(source, keys, layout, same), own)
 
 

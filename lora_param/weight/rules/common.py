@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, lower
-from lora_param.weight.base import dense, storage_of
+from lora_param.weight.base import dense, logical_dim, storage_of
 from lora_param.weight.cost import prefers_built
 from lora_param.weight.dropout import dropout
 from lora_param.weight.factored import rescale
@@ -24,7 +24,7 @@ __all__ += ["lowered", "lowered_as_stored", "stacked_updates", "tracing", "whole
 
 def stacked_updates(weight: AdaptedWeight | NormalForm) -> bool:
     """The weight is a stack of matrices (E, m, n), each with factors of its own."""
-    return weight.base.dim() == 3 and all(u.region.stacked for u in weight.updates)
+    return logical_dim(weight.base) == 3 and all(u.region.stacked for u in weight.updates)
 
 
 def lowered(value: Any) -> NormalForm | None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.base import gather, logical_shape
 from lora_param.weight.cost import prefers_built
 from lora_param.weight.precision import exact
 from lora_param.weight.rules.common import add_into, add_updates, lowered
@@ -34,7 +35,8 @@ def _rows_of_B(ids: Tensor, u: Update, B: Tensor) -> Tensor:
 
 
 def _prefers_built(W: Tensor, ids: Tensor) -> bool:
-    return prefers_built(W, (), ids.numel(), W.shape[1], W.shape[0])
+    inputs, outputs = logical_shape(W)
+    return prefers_built(W, (), ids.numel(), outputs, inputs)
 
 
 def _warn(weight: AdaptedWeight | NormalForm) -> None:
@@ -63,7 +65,7 @@ def embedding(
         return NotImplemented
     if _prefers_built(weight.base, input):
         return NotImplemented
-    y = F.embedding(input, weight.base, padding_idx)  # (*, D)
+    y = gather(input, weight.base, padding_idx)  # (*, D)
     with exact(y):
         form = _gathered(weight, input, y)
         if form is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
 from lora_param.weight.base import linear as base_linear
-from lora_param.weight.base import storage_of
+from lora_param.weight.base import logical_dim, storage_of
 from lora_param.weight.factored import factored_linear, rescale
 from lora_param.weight.precision import autocasts, exact
 from lora_param.weight.rules.common import add_updates, autocast, built, lowered_as_stored, tracing
@@ -23,7 +23,7 @@ def linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     """x (W + ΔW)ᵀ + b as x Wᵀ + b + scale·(x Aᵀ) Bᵀ."""
     if not isinstance(weight, AdaptedWeight) or isinstance(bias, AdaptedWeight):
         return NotImplemented
-    if weight.base.dim() != 2 or input.is_nested:
+    if logical_dim(weight.base) != 2 or input.is_nested:
         return NotImplemented
     x, first = built(input), weight.updates[0] if weight.updates else None
     if type(first) is Deferred and len(weight.updates) == 1 and not tracing():
@@ -59,7 +59,9 @@ def product(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
     W = V.base
     if autocasts(x):
         x, W, bias = autocast(x, W, bias)
-    if V.alpha is not None:  # in rows: torch itself folds x only where W trains, with other bits
+    if (
+        V.alpha is not None
+    ):  # x as one matrix: torch does this only where W trains, and the bits differ
         y = composed(x.reshape(-1, x.shape[-1]), V._replace(base=W), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
     return factored_linear(x, W, bias, V.updates)

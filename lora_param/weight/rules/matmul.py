@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, implements
+from lora_param.weight.base import logical_dim
 from lora_param.weight.rules.common import built, factored, lowered, stacked_updates, tracing
 from lora_param.weight.rules.linear import product
 from lora_param.weight.rules.views import transposed
@@ -31,7 +32,7 @@ def _is_stack(value: Any) -> bool:
 
 def _dim(value: Tensor) -> int:
     """Its dimensions: of an adapted weight by way of W, which is quicker to ask."""
-    return value.base.dim() if isinstance(value, AdaptedWeight) else value.dim()
+    return logical_dim(value.base) if isinstance(value, AdaptedWeight) else value.dim()
 
 
 # --- x @ V, V a matrix (k, n) -----------------------------------------------------------------

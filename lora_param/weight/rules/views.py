@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_param.targets.regions import Region
 from lora_param.weight.adapted import AdaptedWeight, adapted, implements
+from lora_param.weight.base import logical_dim, logical_shape, take
 from lora_param.weight.pieces import pieces
 from lora_param.weight.rules.common import lowered, stacked_updates
 from lora_param.weight.update import Deferred, NormalForm, Update
@@ -44,7 +45,7 @@ def transposed(V: NormalForm) -> NormalForm | None:
 
 
 def _swapped(weight: AdaptedWeight, dim0: int, dim1: int) -> Any:
-    dims = weight.base.dim()
+    dims = logical_dim(weight.base)
     if {dim0 % dims, dim1 % dims} != {dims - 2, dims - 1}:
         return NotImplemented
     V = lowered(weight)
@@ -55,7 +56,7 @@ def _swapped(weight: AdaptedWeight, dim0: int, dim1: int) -> Any:
 @implements(*(getattr(Tensor, name).__get__ for name in ("T", "H")), Tensor.t, torch.t)
 def transpose_matrix(weight: Any, *_: object) -> Any:
     """The transpose of a matrix."""
-    return _swapped(weight, 0, 1) if weight.base.dim() == 2 else NotImplemented
+    return _swapped(weight, 0, 1) if logical_dim(weight.base) == 2 else NotImplemented
 
 
 @implements(
@@ -198,7 +199,7 @@ def _of_stack(weight: AdaptedWeight, index: Any) -> Any:
         built = pieces(weight)
         if built is not None:
             return built[index]
-    base = weight.base[index]
+    base = take(weight.base, index)
     region = Region(stacked=base.dim() == 3)
     updates: list[Update | Deferred] = []
     for u in weight.updates:
@@ -269,7 +270,7 @@ def getitem(weight: Any, index: Any) -> Any:
             continue
         if not isinstance(item, slice) or not _can_cut(weight, dim):
             return NotImplemented
-        kept = range(weight.base.shape[dim])[item]
+        kept = range(logical_shape(weight.base)[dim])[item]
         V = lowered(weight)
         if kept.step != 1 or len(kept) == 0 or V is None:
             return NotImplemented

@@ -63,7 +63,7 @@ class Fresh:
         return torch.zeros(self.shapes[name], dtype=self.dtype, device=self.device)
 
 
-class Variant:  # its methods are defaults, which have no use for all they are given
+class Variant:  # its methods are defaults, and do not use all of their arguments
     """A way of making an update out of tensors; derive from it, override what differs.
 
     Attributes:
@@ -108,7 +108,8 @@ class Variant:  # its methods are defaults, which have no use for all they are g
             strength: multiplies the whole update.
             known: what `known` gives for W, where W is frozen.
         """
-        raise NotImplementedError
+        A, B, factor = self.pair(tensors, scale, strength)
+        return Lowered(None, A, B, factor)
 
     def delta(self, W: Tensor, tensors: Tensors, scale: float, strength: float) -> Tensor:
         """ΔW of shape (*, m, n), computed in W's dtype.
