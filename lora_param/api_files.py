@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Unpack
 from lora_param.adapter import Adapter, check_name
 from lora_param.checkpoint.bake import BakeOptions, BakeReport, bake_adapters
 from lora_param.checkpoint.create import create_adapter
+from lora_param.checkpoint.unpacking import Form
 from lora_param.errors import OutputError
 from lora_param.files.writer import check_output
 from lora_param.formats import check_adapter_name, read_adapter, write_adapter
@@ -105,6 +106,8 @@ def bake_checkpoint(
     progress: Callable[[int, int, str], None] | None = None,
     max_shard_size: int | str | None = None,
     link: bool = False,
+    quantized: Form | None = None,
+    original: PathLike | None = None,
 ) -> BakeReport:
     """Write W + ΔW where W stood: a checkpoint of the base's names, shapes, shards and other files.
 
@@ -128,6 +131,11 @@ def bake_checkpoint(
             most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
         link: whole files of weights that nothing changes become hard links to the base's, where
             the file system has them: writing into one of the two then changes both.
+        quantized: what becomes of quantized weights: "dense" (by default), all of them plain ones
+            of the model's dtype, or of `dtype`; or "same", quantized again by their format, which
+            is refused where less than half of an update is left, unless `force` is given.
+        original: the checkpoint that a quantized base was made of; the report then says how large
+            the error of its quantization is against the updates.
 
     Raises:
         UnchangedError: see `require_change`.
@@ -150,6 +158,8 @@ def bake_checkpoint(
         progress=progress,
         max_shard_size=max_shard_size,
         link=link,
+        quantized=quantized,
+        original=original,
     )
     return bake_adapters(base, _pairs(adapters, layout), out, options)
 

@@ -34,6 +34,7 @@
     │   │   ├── NoFormError           something that a format, or this package, cannot express
     │   │   ├── ResumeError           a training state of another base
     │   │   ├── UnchangedError        a bake that would change nothing
+    │   │   ├── QuantizationLossError a bake that would lose most of an update
     │   │   ├── NoDifferenceError     two checkpoints between which no adapter leads
     │   │   ├── VariantError          an operation that this variant does not allow
     │   │   └── NonFiniteError        NaN or infinity where numbers are needed
@@ -86,6 +87,7 @@ __all__ = [
     "OutputError",
     "OverlapError",
     "PatternError",
+    "QuantizationLossError",
     "ResizeError",
     "ResumeError",
     "RetieError",
@@ -555,6 +557,19 @@ class UnchangedError(AdapterError):
         super().__init__(
             f"no element would change: {why}, or disable the adapter to write the base's weights. "
             f"Nothing was written."
+        )
+
+
+class QuantizationLossError(AdapterError):
+    """A bake into quantized weights that would lose more than half of an update."""
+
+    def __init__(self, kept: Sequence[tuple[str, float]], targets: int) -> None:
+        worst = sorted(kept, key=lambda item: item[1])
+        shown = listed([f"{name} ({share:.0%})" for name, share in worst])
+        super().__init__(
+            f"quantizing again keeps less than half of the update of {len(kept)} of {targets} "
+            f"targets: {shown}. Nothing was written. Write plain weights (--as dense), or "
+            f"accept it (--force)."
         )
 
 

@@ -14,19 +14,34 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.jobs import one_thread
 from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
+from lora_param.checkpoint.original import advice, quantization_errors
 from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
-from lora_param.checkpoint.reread import verify_directory, verify_file
+from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
+from lora_param.checkpoint.reread import verify_directory, verify_file, verify_quantized
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
-from lora_param.errors import FileError, OptionError, OutputError, UnchangedError
+from lora_param.checkpoint.unpacking import (
+    Form,
+    check_form,
+    write_quantized_directory,
+    write_quantized_file,
+)
+from lora_param.errors import (
+    FileError,
+    OptionError,
+    OutputError,
+    QuantizationLossError,
+    UnchangedError,
+)
 from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output, replace_directory, replace_file
 from lora_param.printing import Printed
@@ -58,6 +73,7 @@ _UNITS = {
     for b in ("", "B")
 }
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
+_LEAST = 0.5  # of an update that has to be left of it where it is quantized
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,7 @@ class BakeReport(Printed):
         key: the nested state dict that was baked, "" for the whole file.
         verified: the result was read again and compared.
         notes: what the caller should know, one sentence each.
+        quantized: how quantized weights were written, "dense" or "same"; "" where there are none.
     """
 
     path: Path
@@ -86,6 +103,7 @@ class BakeReport(Printed):
     key: str = ""
     verified: bool = False
     notes: tuple[str, ...] = ()
+    quantized: str = ""
     view: ClassVar[str] = "bake_view"
 
     @property
@@ -118,6 +136,7 @@ class BakeReport(Printed):
             "key": self.key,
             "verified": self.verified,
             "notes": list(self.notes),
+            "quantized": self.quantized,
         }
 
     def __repr__(self) -> str:
@@ -178,6 +197,10 @@ class BakeOptions:
             most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
         link: whole files of weights that nothing changes become hard links to the base's, where
             the file system has them: writing into one of the two then changes both.
+        quantized: what becomes of quantized weights: "dense", all of them plain ones of the
+            model's dtype (or `dtype`), or "same", quantized again by their format. By default
+            dense.
+        original: the checkpoint that a quantized base was made of, to measure how far it is.
     """
 
     dtype: torch.dtype | str | None = None
@@ -191,6 +214,8 @@ class BakeOptions:
     progress: Report | None = None
     max_shard_size: int | str | None = None
     link: bool = False
+    quantized: Form | None = None
+    original: Path_ | None = None
 
 
 def bake_adapters(
@@ -219,26 +244,38 @@ def bake_adapters(
     limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
+    if options.quantized not in (None, *get_args(Form)):
+        raise OptionError("quantized (--as)", options.quantized, ", ".join(get_args(Form)))
     with (
         _held(base) if options.in_place else nullcontext() as state,
         closing(open_checkpoint(base, options.key)) as checkpoint,
+        nullcontext()
+        if options.original is None
+        else open_checkpoint(options.original) as original,
     ):
         place = _place(checkpoint, base, out, options.in_place)
-        _check_place(checkpoint, adapters, place, options)
+        _check_place(_stored(checkpoint), adapters, place, options)
         if limit is not None and not _has_shards(checkpoint):
             raise OptionError(
                 "max_shard_size",
                 options.max_shard_size,
-                "None: the base is no directory of safetensors",
+                "None: the base is no directory of safetensors that are stored as they are",
             )
+        form, errors = _form(checkpoint, options), dict[str, float]()
         with one_thread():
             merging = plan_merging(
                 checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
             )
         merging.exact, merging.link, merging.max_shard_size = options.verify, options.link, limit
-        files, size = _write(merging, place, options, state)
+        merging.casts_vectors = not isinstance(_stored(checkpoint), GgufCheckpoint)
+        if isinstance(checkpoint, QuantizedCheckpoint) and form is not None:
+            check_form(merging, checkpoint, form)
+            if original is not None:
+                errors = quantization_errors(merging, checkpoint, original)
+                merging.exact = True
+        files, size = _write(merging, place, options, state, form)
         with one_thread():
-            found = merging.rows()
+            found = merging.rows(errors)
         rows = list(found.values())
         dead = [
             a.name
@@ -255,8 +292,27 @@ def bake_adapters(
             size,
             checkpoint.key,
             options.verify,
-            (*_notes(checkpoint, rows), *(n for a in merging.adapters for n in a.notes)),
+            (
+                *_notes(_stored(checkpoint), rows, form, options),
+                *(n for a in merging.adapters for n in a.notes),
+            ),
+            (form or "") if getattr(checkpoint, "packed", None) else "",
         )
+
+
+def _stored(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint.stored if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
+
+
+def _form(checkpoint: Checkpoint, options: BakeOptions) -> Form | None:
+    """How quantized weights are written; None where the base has none."""
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        only_refused = checkpoint.refused and not checkpoint.packed
+        return options.quantized or ("same" if only_refused else "dense")
+    for name, value in (("quantized (--as)", options.quantized), ("original", options.original)):
+        if value is not None:
+            raise OptionError(name, str(value), "None: the base is not quantized")
+    return None
 
 
 def _held(base: Path_) -> AbstractContextManager[State | None]:
@@ -309,6 +365,11 @@ def _check_place(
             raise OutputError(
                 place, "its name ends in none of .safetensors, .pt, .pth, .bin, .ckpt"
             )
+    elif isinstance(checkpoint, GgufCheckpoint):
+        if suffix != ".gguf":
+            raise OutputError(
+                place, "the input is a GGUF file, and so is the output: name it .gguf"
+            )
     elif isinstance(checkpoint, SafetensorsCheckpoint) and suffix in _PICKLES:
         raise OutputError(place, "the input is a .safetensors file, and the output would be one")
     elif not isinstance(checkpoint, SafetensorsCheckpoint) and suffix == ".safetensors":
@@ -337,7 +398,11 @@ def _check_replaceable(directory: Path) -> None:
 
 
 def _write(
-    merging: Merging, place: Path, options: BakeOptions, replaces: State | None
+    merging: Merging,
+    place: Path,
+    options: BakeOptions,
+    replaces: State | None,
+    form: Form | None,
 ) -> tuple[list[str], int]:
     """Write the result; its files' names and their size together."""
     base, progress = merging.base, options.progress
@@ -350,30 +415,59 @@ def _write(
         if progress is not None:
             progress(min(done, total), total, name)
 
-    if isinstance(base, DirectoryCheckpoint):
+    if isinstance(_stored(base), DirectoryCheckpoint):
         with replace_directory(place, force=force, sync=sync, replaces=replaces) as temporary:
-            files = write_directory(merging, base, temporary, tick)
-            if options.require_change:
-                _check_change(merging)
+            if isinstance(base, DirectoryCheckpoint):
+                files = write_directory(merging, base, temporary, tick)
+            else:
+                files = write_quantized_directory(merging, *_packed(base, form), temporary, tick)
+            _check_result(merging, options, form)
             size = sum((temporary / name).stat().st_size for name in files)
-            if options.verify:
+            if options.verify and form is not None:
+                verify_quantized(merging, *_packed(base, form), temporary, tick)
+            elif options.verify:
+                assert isinstance(base, DirectoryCheckpoint)
                 verify_directory(merging, base, temporary, tick)
     else:
         files = [place.name]
         with replace_file(place, force=force, sync=sync, replaces=replaces) as file:
             if isinstance(base, ModuleCheckpoint):
                 write_state_dict(merging, base.state_dict, place, file, tick)
+            elif form is not None:
+                write_quantized_file(merging, *_packed(base, form), file, tick)
             else:
                 write_file(merging, base, file, tick)
-            if options.require_change:
-                _check_change(merging)
+            _check_result(merging, options, form)
             file.flush()
             size = os.fstat(file.fileno()).st_size
-            if options.verify:
+            if options.verify and form is not None:
+                verify_quantized(merging, *_packed(base, form), Path(file.name), tick)
+            elif options.verify:
                 verify_file(merging, base, Path(file.name), tick, place)
     if progress is not None:
         progress(total, total, place.name)  # a smaller dtype writes less than was announced
     return files, size
+
+
+def _packed(base: Checkpoint, form: Form | None) -> tuple[QuantizedCheckpoint, Form]:
+    """A base that is known to be quantized, and the form that goes with it."""
+    assert isinstance(base, QuantizedCheckpoint)
+    assert form is not None
+    return base, form
+
+
+def _check_result(merging: Merging, options: BakeOptions, form: Form | None) -> None:
+    """Refuse a result that differs in nothing, or that lost most of an update by quantizing it."""
+    if options.require_change:
+        _check_change(merging)
+    if form == "same" and not options.force:
+        base, _ = _packed(merging.base, form)
+        with one_thread():
+            rows = merging.rows()
+        own = [p for p in merging.targets if p.target.target.name in base.packed]
+        found = [rows[id(p.adapter), p.key] for p in own]
+        if low := [r for r in found if not r.dead and r.kept < _LEAST]:
+            raise QuantizationLossError([(r.target, r.kept) for r in low], len(found))
 
 
 def _check_change(merging: Merging) -> None:
@@ -389,8 +483,16 @@ def _check_change(merging: Merging) -> None:
         )
 
 
-def _notes(checkpoint: Checkpoint, rows: Sequence[BakedTarget]) -> list[str]:
+def _notes(
+    checkpoint: Checkpoint, rows: Sequence[BakedTarget], form: Form | None, options: BakeOptions
+) -> list[str]:
     notes = []
+    if form == "dense" and isinstance(checkpoint, SafetensorsCheckpoint):
+        notes.append(
+            "The weights are no longer quantized: a config.json for them must not say they are."
+        )
+    if options.original is not None and (said := advice(rows, checkpoint.path, options.original)):
+        notes.append(said)
     if not rows:
         notes.append("No target is enabled: the result holds the base's weights.")
     elif not any(row.changed for row in rows):

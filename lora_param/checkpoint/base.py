@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_param.files.safetensors import tensor_bytes
 from lora_param.fingerprint import BaseWeight, tensor_base_weight
 from lora_param.targets.weights import Weight
 
@@ -73,6 +74,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
 
     def __contains__(self, name: object) -> bool:
         return name in self.weights
+
+    def raw(self, name: str) -> bytes:
+        """The bytes of the tensor of this name; for small ones that are no numbers."""
+        return bytes(tensor_bytes(self[name]))
 
     def array(self, name: str) -> NDArray[np.float32]:
         """The tensor of this name as a float32 array, for statistics."""

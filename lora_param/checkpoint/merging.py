@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_param.adapter import Adapter, AdapterTarget, is_dead
@@ -44,6 +45,7 @@ class BakedTarget:
         dead: ΔW is zero because the factors are (B was never trained).
         measured: number of the target's elements that the two norms are of: all of them, or those
             of every eighth block of rows where the target has several.
+        quantization_error: ‖W - W_original‖ / ‖ΔW‖ of a quantized W, where the original is at hand.
     """
 
     target: str
@@ -54,6 +56,12 @@ class BakedTarget:
     relative_norm: float
     dead: bool
     measured: int = 0
+    quantization_error: float | None = None
+
+    @property
+    def kept(self) -> float:
+        """The share of the update that is stored: 1 less the rounding loss, at least 0."""
+        return max(0.0, 1.0 - self.rounding_loss)
 
     @property
     def lost(self) -> bool:
@@ -62,7 +70,7 @@ class BakedTarget:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data, for JSON."""
-        return {**asdict(self), "lost": self.lost}
+        return {**asdict(self), "lost": self.lost, "kept": self.kept}
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,7 @@ class Merging:
         exact: measure norms over every block instead of one in some.
         link: files that nothing changes may be hard links to the base's.
         max_shard_size: divide a directory's weights anew, into files of so many bytes.
+        casts_vectors: `dtype` is of tensors of one dimension, too.
     """
 
     base: Checkpoint
@@ -162,6 +171,7 @@ class Merging:
     exact: bool = False
     link: bool = False
     max_shard_size: int | None = None
+    casts_vectors: bool = True
     _measures: dict[tuple[int, str], dict[str, list[Measures]]] = field(default_factory=dict)
 
     @property
@@ -183,7 +193,8 @@ class Merging:
         import torch
 
         dense = W.layout == torch.strided and not W.is_nested
-        return self.stored_dtype(W.dtype) if dense else W.dtype
+        is_cast = dense and (self.casts_vectors or W.dim() > 1)
+        return self.stored_dtype(W.dtype) if is_cast else W.dtype
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Block]:
         """What of an entry its updates touch, as blocks in the order of its elements.
@@ -214,7 +225,12 @@ class Merging:
         return sorted(found, key=lambda block: block.start)
 
     def merge(
-        self, name: str, W: Tensor, block: Block, updates: Sequence[Update | Deferred]
+        self,
+        name: str,
+        W: Tensor,
+        block: Block,
+        updates: Sequence[Update | Deferred],
+        stored: Tensor | None = None,
     ) -> tuple[Tensor, list[Measures]]:
         """What is to be stored for a block, and what came of each of its pieces.
 
@@ -223,6 +239,8 @@ class Merging:
             W: the base value of the entry, of its shape.
             block: one of `blocks`, or one without pieces, which is cast.
             updates: of the block's pieces.
+            stored: what the file holds in the end, in the stored dtype, where its format rounds
+                W + ΔW further.
 
         Returns:
             The block's elements, flat, in the stored dtype.
@@ -254,12 +272,15 @@ class Merging:
             regions, shape = [region] * len(updates), region.shape(tuple(part.shape))
             own = part[region.index].reshape(region.matrix(tuple(part.shape)))
             deltas = [u.of_block(block.index).delta(own, wide).view(shape) for u in updates]
-        copies = replacing(updates) if block.region is None else []
-        start = add_deltas(part, (), copies) if copies else part
-        added = [
-            (r, d) for u, r, d in zip(updates, regions, deltas, strict=True) if u not in copies
-        ]
-        kept = _add(start, added, wide).to(dtype)
+        if stored is None:
+            copies = replacing(updates) if block.region is None else []
+            start = add_deltas(part, (), copies) if copies else part
+            added = [
+                (r, d) for u, r, d in zip(updates, regions, deltas, strict=True) if u not in copies
+            ]
+            kept = _add(start, added, wide).to(dtype)
+        else:
+            kept = stored.reshape(-1)[block.start : block.stop].view(part.shape)
         changed = [_count_changed(part[r.index].to(dtype), kept[r.index]) for r in regions]
         if _may_overflow(kept) and _overflows(part.to(wide), kept.to(wide)):
             raise NonFiniteError(f"{name} with its update, stored as {dtype},")
@@ -312,30 +333,54 @@ class Merging:
                 self.note(name, block.pieces, measures)
         return merged
 
+    def note_stored(self, name: str, W: Tensor, stored: Tensor) -> None:
+        """Note what came of an entry of which the file holds something else than W + ΔW.
+
+        Args:
+            name: the entry.
+            W: its base value.
+            stored: what is read of it again, of the same dtype.
+        """
+        pieces = self.pieces[name]
+        ready = dict(zip(map(id, pieces), self.updates(pieces, W.dtype), strict=True))
+        for block in self.blocks(name, tuple(W.shape)):
+            updates = [ready[id(p)] for p in block.pieces]
+            self.note(name, block.pieces, self.merge(name, W, block, updates, stored)[1])
+
     def note(self, name: str, pieces: Sequence[_Piece], measures: Sequence[Measures]) -> None:
         """Add to what came of an entry's targets; in any order, by any thread."""
         for piece, measured in zip(pieces, measures, strict=True):
             of_names = self._measures.setdefault((id(piece.adapter), piece.key), {})
             of_names.setdefault(name, []).append(measured)
 
-    def rows(self) -> dict[tuple[int, str], BakedTarget]:
-        """What came of each target, by its adapter's identity and its key."""
-        return {(id(p.adapter), p.key): self._row(p) for p in self.targets}
+    def rows(
+        self, errors: Mapping[str, float] = MappingProxyType({})
+    ) -> dict[tuple[int, str], BakedTarget]:
+        """What came of each target, by its adapter's identity and its key.
 
-    def _row(self, piece: _Piece) -> BakedTarget:
+        Args:
+            errors: ‖W - W_original‖ / ‖W‖ of targets, by key, where it is known.
+        """
+        return {(id(p.adapter), p.key): self._row(p, errors.get(p.key)) for p in self.targets}
+
+    def _row(self, piece: _Piece, error: float | None) -> BakedTarget:
         of_names = self._measures.get((id(piece.adapter), piece.key), {})
         name = min(of_names, key=lambda n: (n != piece.target.target.name, n), default="")
         m = Measures.sum(of_names.get(name, ()))  # names that share a target hold the same
         own, base, wanted, lost = map(math.sqrt, (m.own, m.base, m.wanted, m.lost))
+        norm = own / base if base else (math.inf if own else 0.0)
+        if error is not None:
+            error = error / norm if norm else math.inf
         return BakedTarget(
             target=piece.key,
             adapter=piece.adapter.name,
             changed=m.changed,
             total=m.total,
             rounding_loss=lost / wanted if wanted else 0.0,
-            relative_norm=own / base if base else (math.inf if own else 0.0),
+            relative_norm=norm,
             dead=is_dead(piece.factors(), own, base),
             measured=m.measured,
+            quantization_error=error,
         )
 
 

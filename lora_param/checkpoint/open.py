@@ -6,17 +6,20 @@ import os
 from pathlib import Path
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.quantized.logical import logical
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
+from lora_param.files.gguf import MAGIC
 from lora_param.files.header import TORCH_SAVE
 
 __all__ = ["ACCEPTED", "open_checkpoint"]
 
 ACCEPTED = (
-    "a .safetensors, .pt, .pth, .bin or .ckpt file, a directory with one or with shards and "
+    "a .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory with one or with shards and "
     "their index.json, or python:package.module:callable"
 )
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -24,6 +27,8 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """Open the weights at a path, without reading them.
+
+    Quantized weights of a format that is known have the names, shapes and dtypes of the model.
 
     Args:
         path: a file, a directory, an `index.json` of shards, or `python:package.module:callable`.
@@ -35,6 +40,11 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         BrokenFileError, UnsafePickleError: it cannot, or must not, be read.
         OptionError: there is no state dict of this key.
     """
+    return logical(_open_stored(path, key))
+
+
+def _open_stored(path: str | os.PathLike[str], key: str | None) -> Checkpoint:
+    """The weights as they are stored, quantized ones too."""
     text = os.fspath(path)
     if text.startswith("python:"):
         return _without_key(ModuleCheckpoint(text), key)
@@ -43,6 +53,8 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         raise MissingFileError("the empty path ''", ACCEPTED)
     if not path.exists():
         raise MissingFileError(path, ACCEPTED)
+    if path.is_file() and (path.suffix.lower() == ".gguf" or _start(path)[:4] == MAGIC):
+        return _without_key(GgufCheckpoint(path), key)
     if path.is_dir() or path.name.endswith(".index.json"):
         return DirectoryCheckpoint(path, key)
     if not path.is_file():

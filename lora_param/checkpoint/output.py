@@ -26,7 +26,8 @@ from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, writ
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Progress", "write_directory", "write_file", "write_state_dict"]
+__all__ = ["Progress", "copy_beside", "file_jobs", "write_directory", "write_file"]
+__all__ += ["write_state_dict"]
 
 
 def write_file(merging: Merging, part: Checkpoint, file: IO[bytes], progress: Progress) -> None:
@@ -184,12 +185,7 @@ def write_directory(
     rewritten = set(base.parts)
     if merging.max_shard_size is not None and base.index is not None:
         rewritten.add(base.index.name)
-    try:
-        shutil.copytree(base.path, out, dirs_exist_ok=True, ignore=_ignoring(base.path, rewritten))
-    except shutil.Error as error:  # a list of (from, to, why)
-        source, _, why = error.args[0][0]
-        raise OutputError(out, f"{source} cannot be copied ({why})") from error
-    out.chmod(out.stat().st_mode | 0o700)  # copytree gave it the base's mode
+    copy_beside(base, out, rewritten)
     with ExitStack() as files:
         if merging.max_shard_size is None:
             jobs = _shard_jobs(merging, base, out, files)
@@ -199,6 +195,16 @@ def write_directory(
     if merging.dtype is not None:
         _cast_json(merging, base, out)
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+
+
+def copy_beside(base: DirectoryCheckpoint, out: Path, rewritten: set[str]) -> None:
+    """Copy a directory's files but those that are written anew."""
+    try:
+        shutil.copytree(base.path, out, dirs_exist_ok=True, ignore=_ignoring(base.path, rewritten))
+    except shutil.Error as error:  # a list of (from, to, why)
+        source, _, why = error.args[0][0]
+        raise OutputError(out, f"{source} cannot be copied ({why})") from error
+    out.chmod(out.stat().st_mode | 0o700)  # copytree gave it the base's mode
 
 
 def _shard_jobs(

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.quantized.logical import SIDE_CONFIGS, QuantizedCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint
+from lora_param.checkpoint.unpacking import Form, requantized
 from lora_param.errors import OutputError
 from lora_param.files.safetensors import tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["verify_directory", "verify_file"]
+__all__ = ["verify_directory", "verify_file", "verify_quantized"]
 
 
 def verify_file(
@@ -109,9 +112,69 @@ def verify_directory(
             _compare(merging, base, again, tick, written)
     if merging.dtype:
         rewritten |= {"config.json", *index}
+    _compare_others(base, written, rewritten)
+
+
+def _compare_others(base: DirectoryCheckpoint, written: Path, rewritten: set[str]) -> None:
     for path in base.path.rglob("*"):
         name = path.relative_to(base.path).as_posix()
         if path.is_file() and name not in rewritten:
             copy = written / name
             if not copy.is_file() or not filecmp.cmp(path, copy, shallow=False):
                 raise OutputError(name, "read again, it is not the input's")
+
+
+def verify_quantized(
+    merging: Merging,
+    base: QuantizedCheckpoint,
+    form: Form,
+    written: Path,
+    tick: Callable[[int, str], None],
+) -> None:
+    """Read the result of a quantized base again, a file or a directory, and compare every tensor.
+
+    Raises:
+        OutputError: something differs.
+    """
+    stored = base.stored
+    with _opened_like(stored, written) as again:
+        if form == "dense":
+            _compare(merging, base, again, tick, written)
+        else:
+            _compare_packed(merging, base, again, tick, written)
+    if isinstance(stored, DirectoryCheckpoint):
+        index = {stored.index.name} if stored.index else set()
+        dense = {"config.json", *SIDE_CONFIGS, *index} if form == "dense" else set()
+        _compare_others(stored, written, {*stored.parts, *dense})
+
+
+def _opened_like(stored: Checkpoint, written: Path) -> Checkpoint:
+    if isinstance(stored, DirectoryCheckpoint):
+        return DirectoryCheckpoint(written)
+    gguf = isinstance(stored, GgufCheckpoint)
+    return GgufCheckpoint(written) if gguf else SafetensorsCheckpoint(written)
+
+
+def _compare_packed(
+    merging: Merging,
+    base: QuantizedCheckpoint,
+    again: Checkpoint,
+    tick: Callable[[int, str], None],
+    place: Path,
+) -> None:
+    computed = {n: w.name for w in base.packed.values() for n in w.entries.values()}
+    if set(again) != set(base.stored):
+        raise OutputError(place, "read again, it holds other names than the input")
+    done: tuple[str, dict[str, Tensor]] = "", {}
+    for name in base.stored:
+        owner, found = computed.get(name, ""), again[name]
+        if owner in merging.pieces:
+            if done[0] != owner:
+                done = owner, requantized(merging, base, owner)
+            meant = done[1][name]
+        else:
+            meant = base.stored[name]
+            meant = meant if owner else merging.stored(name, meant)
+        if not _same_bits(meant, found):
+            raise OutputError(place, f"read again, {name} is not what was written")
+        tick(meant.numel() * meant.element_size(), name)

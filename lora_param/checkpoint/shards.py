@@ -96,6 +96,10 @@ class DirectoryCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.part_of(name)[name]
 
+    def raw(self, name: str) -> bytes:
+        """The bytes of the tensor of this name."""
+        return self.part_of(name).raw(name)
+
     def array(self, name: str) -> NDArray[np.float32]:
         """The tensor of this name as a float32 array, for statistics."""
         return self.part_of(name).array(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -264,6 +264,21 @@ def bake(
     link: Annotated[
         bool, typer.Option("--link", help="Hard links for whole files that do not change.")
     ] = False,
+    quantized: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="FORM",
+            help="Of a quantized MODEL: dense, all weights plain (the default), or same, "
+            "quantized again.",
+        ),
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="What a quantized MODEL was made of: measure how far it is."
+        ),
+    ] = None,
     key: Key = None,
     layout: Layout = None,
     names: Names = None,
@@ -286,6 +301,8 @@ def bake(
             dtype=dtype,
             max_shard_size=max_shard_size,
             link=link,
+            quantized=cast(Any, quantized),
+            original=original,
             key=key,
             check_fingerprint=not ignore_fingerprint,
             in_place=in_place,

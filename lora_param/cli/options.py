@@ -13,7 +13,7 @@ __all__ = ["MODEL", "AdapterFile", "AnyBase", "Force", "Json", "Key", "Layout", 
 __all__ += ["NoSync", "Targets", "weighted"]
 
 MODEL = (
-    "A .safetensors, .pt, .pth, .bin or .ckpt file, a directory of them, "
+    "A .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory of them, "
     "or python:package.module:callable."
 )
 

@@ -122,6 +122,10 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
             shape=((e.stop - e.start) // size,),
         )
 
+    def raw(self, name: str) -> bytes:
+        """The bytes of a tensor; for small ones that are no numbers."""
+        return self._raw(name, "u1").tobytes()
+
     def array(self, name: str) -> NDArray[np.float32]:
         """The tensor of this name as a float32 array, without torch where numpy has the dtype."""
         import numpy as np

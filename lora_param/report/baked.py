@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -14,6 +16,8 @@ from lora_param.report.layout import View, split_common
 from lora_param.report.tree import Column, Facts, Row, TreeTable
 
 __all__ = ["bake_view"]
+
+_FORMS = {"dense": "plain weights of quantized ones", "same": "quantized again"}
 
 
 def bake_view(report: BakeReport) -> RenderableType:
@@ -31,11 +35,13 @@ def bake_view(report: BakeReport) -> RenderableType:
             figures.aligned(r.relative_norm for r in rows),
             figures.aligned(r.rounding_loss for r in rows),
         )
+        more = _quantized(report)
         columns = [Column(name, left=True) for name, _ in varying]
         columns += [Column("changed"), Column("of", optional=True)]
         columns += [Column("‖ΔW‖/‖W‖"), Column("rounding loss")]
+        columns += [Column(name) for name, _ in more]
         parts += [Facts(common)] if common else []
-        parts += ["", TreeTable(columns, [_line(g, bool(varying), *write) for g in groups])]
+        parts += ["", TreeTable(columns, [_line(g, bool(varying), *write, more) for g in groups])]
     if disabled:
         off = collapse(disabled, str, lambda _: 0)
         lines = [Row(g.segments, (), len(g.items), ("disabled: the base alone",)) for g in off]
@@ -43,6 +49,25 @@ def bake_view(report: BakeReport) -> RenderableType:
     if report.notes:
         parts += ["", *(Text(escaped(note), "yellow") for note in report.notes)]
     return View(parts)
+
+
+def _quantized(
+    report: BakeReport,
+) -> list[tuple[str, Callable[[Sequence[BakedTarget]], str]]]:
+    """What is shown of targets on quantized weights alone: the least of a group's kept shares."""
+    more: list[tuple[str, Callable[[Sequence[BakedTarget]], str]]] = []
+    if report.quantized == "same":
+        more.append(("kept", lambda rows: figures.percent(100 * min(r.kept for r in rows))))
+    found = [e for r in report.rows if (e := r.quantization_error) is not None]
+    if found:
+        write = figures.aligned(found)
+
+        def errors(rows: Sequence[BakedTarget]) -> str:
+            own = [e for r in rows if (e := r.quantization_error) is not None]
+            return figures.span(own, write) if own else ""
+
+        more.append(("‖quantization error‖/‖ΔW‖", errors))
+    return more
 
 
 def _words(row: BakedTarget) -> tuple[str, ...]:
@@ -54,7 +79,11 @@ def _words(row: BakedTarget) -> tuple[str, ...]:
 
 
 def _line(
-    group: Group[BakedTarget], with_adapter: bool, norm: figures.Write, loss: figures.Write
+    group: Group[BakedTarget],
+    with_adapter: bool,
+    norm: figures.Write,
+    loss: figures.Write,
+    more: Sequence[tuple[str, Callable[[Sequence[BakedTarget]], str]]],
 ) -> Row:
     items = group.items
     cells = (
@@ -62,6 +91,7 @@ def _line(
         figures.count(sum(r.total for r in items)),
         figures.span((r.relative_norm for r in items), norm),
         figures.most((r.rounding_loss for r in items), loss),
+        *(show(items) for _, show in more),
     )
     lead = (items[0].adapter,) if with_adapter else ()
     return Row(group.segments, (*lead, *cells), len(items), _words(items[0]))
@@ -72,4 +102,5 @@ def _written(report: BakeReport) -> Text:
     facts = [figures.size(report.bytes)]
     facts += [f"{len(report.files)} files"] if len(report.files) > 1 else []
     facts += ["verified"] if report.verified else []
+    facts += [_FORMS[report.quantized]] if report.quantized else []
     return Text(escaped(str(report.path)), "bold").append(f" · {' · '.join(facts)}", "not bold")

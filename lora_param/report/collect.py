@@ -73,7 +73,7 @@ def collect(
             if progress:
                 progress(len(rows), total, key)
     listed = tuple(
-        WeightRow(w.name, w.shape, w.dtype, w.numel, tuple(on_weight.get(w.name, ())))
+        WeightRow(w.name, w.shape, w.dtype, w.numel, tuple(on_weight.get(w.name, ())), w.quantized)
         for w in (weights or {}).values()
     )
     base = count_base(weights) if weights is not None else 0

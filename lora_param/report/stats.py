@@ -121,6 +121,7 @@ class WeightRow:
         dtype: its dtype, by torch's name.
         elements: how many it has.
         adapted: keys of the targets on it.
+        quantized: the format that stores it, "" where it is stored as it is.
     """
 
     name: str
@@ -128,6 +129,7 @@ class WeightRow:
     dtype: str
     elements: int
     adapted: tuple[str, ...] = ()
+    quantized: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """The row as plain data, for JSON."""

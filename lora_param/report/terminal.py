@@ -117,14 +117,19 @@ def _warnings(stats: Stats) -> list[RenderableType]:
 
 
 def _weight_parts(stats: Stats) -> list[RenderableType]:
-    columns: list[tuple[str, Callable[[WeightRow], str]]] = [("dtype", lambda w: w.dtype)]
+    columns: list[tuple[str, Callable[[WeightRow], str]]] = [
+        ("dtype", lambda w: w.dtype),
+        ("quantized as", lambda w: w.quantized),
+    ]
     common, varying = split_common(stats.weights, columns)
 
     def adapted(row: WeightRow) -> str:
         parts = len(row.adapted)
         return "" if not parts else "LoRA" if parts == 1 else f"LoRA ×{parts}"
 
-    groups = collapse(stats.weights, lambda w: w.name, lambda w: (w.shape, w.dtype, adapted(w)))
+    groups = collapse(
+        stats.weights, lambda w: w.name, lambda w: (w.shape, w.dtype, w.quantized, adapted(w))
+    )
     shown = [Column("shape"), *(Column(n, left=True) for n, _ in varying), Column("elements")]
     lines = [
         Row(
@@ -157,6 +162,7 @@ def plan_view(plan: Plan) -> RenderableType:
         ("dropout", lambda t: f"{t.settings.dropout:g}" if t.settings.dropout else ""),
         ("init", lambda t: t.settings.init),
         ("dtype", lambda t: t.weight.dtype),
+        ("quantized as", lambda t: t.weight.quantized),
     ]
     common, varying = split_common(plan.targets, columns)
     groups = collapse(
@@ -164,7 +170,7 @@ def plan_view(plan: Plan) -> RenderableType:
         lambda t: str(t.target),
         lambda t: (t.weight.shape, _remarks(t), *(show(t) for _, show in columns)),
     )
-    words = [Column(n, left=n in ("variant", "init", "dtype")) for n, _ in varying]
+    words = [Column(n, left=n in ("variant", "init", "dtype", "quantized as")) for n, _ in varying]
     lines = [
         Row(
             g.segments,

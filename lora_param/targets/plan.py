@@ -118,6 +118,7 @@ class Plan(Printed):
                     "target": str(t.target),
                     "shape": list(t.weight.shape),
                     "dtype": t.weight.dtype,
+                    "quantized": t.weight.quantized,
                     **asdict(t.settings),
                     "asked": t.asked,
                     "scale": t.settings.scale,

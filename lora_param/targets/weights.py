@@ -29,7 +29,8 @@ class Weight:
             (a file holds none).
         tied: the other names under which the same tensor is known.
         head: the owning module is the model's output head.
-        packed: quantized storage: why it is thought so, or "".
+        packed: quantized storage that cannot be read: why it is thought so, or "".
+        quantized: the format of quantized storage that is read as numbers, or "".
         in_first: its matrices are stored as (in, out), not (out, in); None where that is unknown.
     """
 
@@ -40,6 +41,7 @@ class Weight:
     tied: tuple[str, ...] = ()
     head: bool = False
     packed: str = ""
+    quantized: str = ""
     in_first: bool | None = None
 
     @property

@@ -46,10 +46,10 @@ def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
 SLOW = """
 import sys, time
 from lora_param.checkpoint.merging import Merging
-def slow(self, name, W):
+def slow(self, *args):
     print("midway", flush=True)
     time.sleep(60)
-Merging.stored = slow
+Merging.merge = slow
 from lora_param.cli import main
 main()
 """

@@ -53,9 +53,9 @@ experts bare-stack packed-parts packed-base tied-together"""
 known = catalogue.reference_delta
 
 
-def reference_delta(tensors, scale, W):
+def reference_delta(tensors, scale, W, *rest):
     if "gain" not in tensors:
-        return known(tensors, scale, W)
+        return known(tensors, scale, W, *rest)
     return scale * ((tensors["lora_up"] * tensors["gain"].unsqueeze(-2)) @ tensors["lora_down"])
 
 

@@ -108,7 +108,7 @@ def page(stats: Stats) -> str:
         write=write,
         adapters=_drawings(rows, write),
         weights=collapse(
-            stats.weights, lambda w: w.name, lambda w: (w.shape, w.dtype, _adapted(w))
+            stats.weights, lambda w: w.name, lambda w: (w.shape, w.dtype, w.quantized, _adapted(w))
         ),
         adapted=_adapted,
     )
