@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -143,6 +144,12 @@ def test_a_library_stays_in_its_wing(library: str, allowed: tuple[str, ...]) -> 
     for module, path in MODULES.items():
         used = any(i == library or i.startswith(f"{library}.") for i in imports(path))
         assert not used or module.startswith(allowed), f"{module} imports {library}"
+
+
+def test_private_names_of_torch_are_looked_up_in_one_file() -> None:
+    for module, path in MODULES.items():
+        used = re.findall(r"\btorch\._C\b|forward_ad\._\w+", path.read_text())
+        assert not used or module == "weight.private", f"{module} uses {used}"
 
 
 HEAVY = ("torch", "numpy", "rich", "typer", "matplotlib", "safetensors", "jinja2", "markupsafe")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_param.model.lora import LoRA
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import identity
+from lora_param.weight.private import transforms_active
 
 __all__ = ["keeping", "kept", "kept_once"]
 
@@ -65,7 +66,7 @@ def kept_once(
     weight is shared by all that read it. It is computed again when what it depends on has changed.
     With dropout, which acts on an input, it stays an adapted weight, the same for all.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return read(chain)
     state = torch.is_grad_enabled(), _state(chain, trained=True)
     known = store.get(chain)

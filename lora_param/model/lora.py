@@ -207,14 +207,16 @@ class LoRA(nn.Module):
     def update(self, W: Tensor | None = None) -> Update | Deferred:
         """ΔW as the variant makes it of these tensors; with W, also what it knows of W."""
         # each weight access passes here: no getattr
-        own, fixed = cast(dict[str, Tensor], self._parameters), self._buffers
-        scale, strength, known = self.scale, self.strength, None
-        if torch.compiler.is_compiling():
+        own, fixed = cast("dict[str, Tensor]", self._parameters), self._buffers
+        known = None
+        if torch.compiler.is_compiling():  # which compiles anew for each float that was read
             scale = cast(float, fixed["scale_tensor"])
             strength = cast(float, fixed["strength_tensor"])
-        elif self.variant.uses_W and W is not None:
-            base = W.base if isinstance(W, AdaptedWeight) else W
-            known = self._known.of_region(self.variant, base, self.region)
+        else:
+            scale, strength = self.scale, self.strength
+            if self.variant.uses_W and W is not None:
+                base = W.base if isinstance(W, AdaptedWeight) else W
+                known = self._known.of_region(self.variant, base, self.region)
         if not own:  # DataParallel and FSDP keep them as plain attributes
             own = {name: getattr(self, name) for name in VARIANTS[self.settings.variant]}
         tensors: Mapping[str, Tensor] = own

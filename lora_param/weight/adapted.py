@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_param.errors import BelowAutogradError, ComputedWeightError
 from lora_param.weight.base import dense, logical_dtype, logical_shape, storage_of
 from lora_param.weight.computed import Computed, protect, refuse_writes, refuse_writes_below
+from lora_param.weight.private import TensorMeta, as_plain_tensors, forward_level, parse_to
 from lora_param.weight.update import Deferred, NormalForm, Update, lower_all, merge
 
 __all__ = ["RULES", "AdaptedWeight", "EagerAdaptedWeight", "Pieces", "adapt", "adapted"]
@@ -56,16 +57,19 @@ _PROPERTIES = "shape dtype device ndim layout itemsize nbytes is_cuda is_cpu is_
 _PROPERTIES += " is_sparse is_quantized is_nested"
 _METHODS = "size dim numel nelement element_size is_floating_point is_complex get_device"
 _METHODS += " __len__ __hash__"
-_METADATA = {
-    *(_getter(name) for name in _PROPERTIES.split()),
-    *(getattr(Tensor, name) for name in _METHODS.split()),
-    *(torch.numel, torch.is_floating_point, torch.is_complex),
-}
+# Both are dicts: torch.compile looks into sets of methods only in newer versions of torch.
+_METADATA = dict.fromkeys(
+    [
+        *(_getter(name) for name in _PROPERTIES.split()),
+        *(getattr(Tensor, name) for name in _METHODS.split()),
+        *(torch.numel, torch.is_floating_point, torch.is_complex),
+    ]
+)
 _NO_DROPOUT = (
     "dropout has no effect on a weight that is built as a whole: it acts on the input of A, which "
     "only some operations show (F.linear does)"
 )
-_LAYOUT = {Tensor.stride, Tensor.is_contiguous}
+_LAYOUT = dict.fromkeys([Tensor.stride, Tensor.is_contiguous])
 
 
 class AdaptedWeight(Computed):
@@ -115,7 +119,7 @@ class AdaptedWeight(Computed):
         if func in _LAYOUT:
             return func(dense(args[0].base), *args[1:], **kwargs)
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with as_plain_tensors():
                 return func(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():  # which cannot trace the checks
             return func(*_build_all(args), **_build_all(kwargs))
@@ -147,7 +151,7 @@ class Pieces:
         return self.matrices
 
 
-class _Comparable(torch._C._TensorMeta):
+class _Comparable(TensorMeta):
     """Counts parameters among the instances: `torch.testing` compares a weight with a parameter
     only where one is an instance of the other's class."""
 
@@ -305,7 +309,7 @@ def _to(weight: AdaptedWeight, *args: Any, **kwargs: Any) -> Any:
     """The weight itself where it is there already, as of any tensor; moved or cast it is built."""
     if "copy" in kwargs or any(isinstance(a, (bool, Tensor)) for a in args):
         return NotImplemented
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, *_ = parse_to(*args, **kwargs)
     there = device is None or torch.empty(0, device=device).device == weight.device
     return weight if there and dtype in (None, weight.dtype) else NotImplemented
 
@@ -351,7 +355,7 @@ def _any_differentiable(values: Any) -> bool:
 
 
 def _has_tangent(t: Tensor) -> bool:
-    if forward_ad._current_level < 0:
+    if forward_level() < 0:
         return False
     return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 

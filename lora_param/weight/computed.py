@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_param.errors import ComputedWeightError
+from lora_param.weight.private import as_plain_tensors, transforms_active
 
 __all__ = ["BuiltView", "Computed", "protect", "refuse_writes", "refuse_writes_below"]
 
@@ -53,17 +54,17 @@ class BuiltView(Computed):
         if any(t is not cls and issubclass(t, Computed) for t in types):
             return NotImplemented  # an adapted weight is built first
         if torch.compiler.is_dynamo_compiling():
-            with torch._C.DisableTorchFunctionSubclass():
+            with as_plain_tensors():
                 return func(*args, **kwargs)
         if func not in _OF_THE_OBJECT:
             refuse_writes(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain_tensors():
             result = func(*args, **kwargs)
             operands = (v for a in (*args, *kwargs.values()) for v in _flat(a))
             return protect(result, (v for v in operands if isinstance(v, cls)))
 
     def _plain(self) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain_tensors():
             return self.as_subclass(Tensor)
 
     # A Parameter made of it has the memory for its own, as one made of any tensor's `.data` has.
@@ -137,7 +138,7 @@ def protect(result: Any, computed: Iterable[Tensor]) -> Any:
     """
     kind = type(result)
     if kind is Tensor:
-        if torch._C._are_functorch_transforms_active() or not _has_memory(result):
+        if transforms_active() or not _has_memory(result):
             return result
         memory = result.untyped_storage()._cdata
         for t in computed:

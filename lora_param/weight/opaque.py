@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_param.weight.adapted import AdaptedWeight, EagerAdaptedWeight
+from lora_param.weight.private import no_torch_function
 from lora_param.weight.rules.common import tracing
 
 __all__ = ["opaque"]
@@ -40,7 +41,9 @@ class _OpaqueAdaptedWeight(EagerAdaptedWeight):
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__torch_function__":
-            return torch._C._disabled_torch_function_impl
+            return no_torch_function
+        if name == "__torch_dispatch__":  # which older torch asks the object for, while it is made
+            return object.__getattribute__(self, name)
         own = object.__getattribute__(self, "__dict__")
         return own if name == "__dict__" else getattr(own["weight"], name)
 

@@ -17,6 +17,7 @@ from lora_param.errors import ComputedWeightError
 from lora_param.weight.adapted import AdaptedWeight, EagerAdaptedWeight, Pieces
 from lora_param.weight.base import storage_of
 from lora_param.weight.precision import exact
+from lora_param.weight.private import no_torch_function
 from lora_param.weight.rules.common import tracing
 from lora_param.weight.update import Update
 
@@ -29,7 +30,7 @@ class _Piece(Tensor):
     """A matrix that was built: its methods refuse to write to it."""
 
     # asked nothing: it costs nothing
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return deepcopy(self.as_subclass(Tensor), memo)

@@ -174,13 +174,6 @@ class NormalForm(NamedTuple):
     updates: Sequence[Update]
     alpha: Tensor | None
 
-    @property
-    def differentiable(self) -> bool:
-        """Gradients flow into W or into what is added."""
-        if self.base.requires_grad or (self.alpha is not None and self.alpha.requires_grad):
-            return True
-        return any(t.requires_grad for u in self.updates for t in (u.A, u.B))
-
 
 def lower_all(W: Tensor, updates: Iterable[Update | Deferred]) -> NormalForm | None:
     """W and its updates in normal form, or None where some update has none.

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:.*torch.jit:DeprecationWarning"
     ),  # torch's own, in forward AD
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning"),  # from 2.14 on
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 VARIANTS = pytest.mark.parametrize("variant", ["lora", "dora", "miss"])

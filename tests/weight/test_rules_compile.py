@@ -33,6 +33,8 @@ OPERATIONS = {  # target, weight, what is done, x
     "gru cell": ("w", (12, 4), lambda w, x: torch.gru_cell(x, x, w, w), (3, 4)),
     "grouped": ("w[*]", (3, 8, 16), lambda w, x: F.grouped_mm(x, w, offs=offs), (7, 8)),
 }
+if not hasattr(F, "grouped_mm"):
+    del OPERATIONS["grouped"]
 
 
 class Model(nn.Module):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lora_param.weight.adapted import AdaptedWeight, lower
 from lora_param.weight.base import dense, logical_dim, storage_of
@@ -16,6 +15,7 @@ from lora_param.weight.cost import prefers_built
 from lora_param.weight.dropout import dropout
 from lora_param.weight.factored import rescale
 from lora_param.weight.precision import autocasts, exact
+from lora_param.weight.private import forward_level, jit_tracing, transforms_active
 from lora_param.weight.update import NormalForm, Update
 
 __all__ = ["add_into", "add_updates", "autocast", "built", "factored", "folded"]
@@ -60,7 +60,7 @@ def built(value: Any) -> Any:
 
 def _traced() -> bool:
     """`torch.jit.trace` records; torch.compile cannot be asked."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return not torch.compiler.is_compiling() and jit_tracing()
 
 
 def tracing() -> bool:
@@ -68,9 +68,9 @@ def tracing() -> bool:
     of place, may be used."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
+        or transforms_active()
+        or jit_tracing()
+        or forward_level() >= 0
     )
 
 
@@ -172,7 +172,7 @@ def factored(
         added: what `base` adds to the product, broadcastable to it.
     """
     m, n = matrix_of(V)
-    training = (torch.is_grad_enabled() and V.differentiable) or _traced()
+    training = (torch.is_grad_enabled() and _trains(V)) or _traced()
     gradient = training and not V.base.requires_grad
     if prefers_built(V.base, V.updates, rows, m, n, both=True, gradient=gradient):
         return NotImplemented
@@ -183,6 +183,13 @@ def factored(
     if alpha is not None and not of_inputs:
         y = rescale(y, added, alpha)
     return add_updates(y, x, V.updates, product, dim=dim, by_rows=by_rows, scale=scale)
+
+
+def _trains(V: NormalForm) -> bool:
+    """Gradients flow into W or into what is added."""
+    if V.base.requires_grad or (V.alpha is not None and V.alpha.requires_grad):
+        return True
+    return any(t.requires_grad for u in V.updates for t in (u.A, u.B))
 
 
 def _along(dim: int, alpha: Tensor, stacked: bool) -> Tensor:

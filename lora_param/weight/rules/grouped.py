@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import get_overridable_functions
 
 from lora_param.weight.adapted import implements
+from lora_param.weight.private import GROUPED_PRODUCTS
 from lora_param.weight.rules.common import factored, folded, lowered, stacked_updates
 
 __all__: list[str] = []
@@ -21,10 +22,10 @@ __all__: list[str] = []
 _ALIGNMENT = 16  # bytes; what the kernel asks of every stride
 
 
-get_overridable_functions().setdefault(torch, []).append(torch._grouped_mm)
+get_overridable_functions().setdefault(torch, []).extend(GROUPED_PRODUCTS)
 
 
-@implements(F.grouped_mm, torch._grouped_mm)
+@implements(*GROUPED_PRODUCTS)
 def grouped_mm(
     mat_a: Any, mat_b: Any = None, *, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
@@ -40,14 +41,14 @@ def grouped_mm(
         return NotImplemented
 
     def base(x: Tensor, W: Tensor) -> Tensor:
-        return F.grouped_mm(x, W, offs=offs, out_dtype=out_dtype)  # (S, n)
+        return GROUPED_PRODUCTS[0](x, W, offs=offs, out_dtype=out_dtype)  # (S, n)
 
     def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         fill = -A.shape[-2] % (_ALIGNMENT // x.element_size())
         if fill:
             A, B = F.pad(A, (0, 0, 0, fill)), F.pad(B, (0, fill))
-        h = F.grouped_mm(x, B, offs=offs)  # (S, r)
-        return F.grouped_mm(h, A, offs=offs)  # (S, n)
+        h = GROUPED_PRODUCTS[0](x, B, offs=offs)  # (S, r)
+        return GROUPED_PRODUCTS[0](h, A, offs=offs)  # (S, n)
 
     rows = mat_a.shape[0] // max(V.base.shape[0], 1)
     return factored(folded(V), mat_a, base, product, rows=rows, by_rows=True)

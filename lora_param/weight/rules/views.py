@@ -270,9 +270,9 @@ def getitem(weight: Any, index: Any) -> Any:
             continue
         if not isinstance(item, slice) or not _can_cut(weight, dim):
             return NotImplemented
-        start, stop, step = item.indices(logical_shape(weight.base)[dim])
+        kept = range(logical_shape(weight.base)[dim])[item]
         V = lowered(weight)
-        if step != 1 or stop <= start or V is None:
+        if kept.step != 1 or len(kept) == 0 or V is None:
             return NotImplemented
-        weight = _narrowed(V, V.base.narrow(dim, start, stop - start), dim, start)
+        weight = _narrowed(V, V.base.narrow(dim, kept.start, len(kept)), dim, kept.start)
     return weight
