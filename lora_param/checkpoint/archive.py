@@ -178,9 +178,13 @@ def _uses(content: Any) -> dict[int, list[Tensor]]:
     import torch
 
     found: dict[int, list[Tensor]] = {}
-    left = [content]
+    left, seen = [content], set[int]()
     while left:
         value = left.pop()
+        if isinstance(value, Mapping | list | tuple | set | frozenset):
+            if id(value) in seen:  # in itself, or in several places
+                continue
+            seen.add(id(value))
         if isinstance(value, Mapping):
             left += value.values()
         elif isinstance(value, list | tuple | set | frozenset):

@@ -199,7 +199,8 @@ class Merging:
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Block]:
         """What of an entry its updates touch, as blocks in the order of its elements.
 
-        One block, of all of it, where updates overlap in part or need more than some rows of W.
+        One block, of all of it, where updates overlap in part, share rows, or need more of W than
+        some rows.
         """
         from lora_param.weight.variants import variant_named
 
@@ -208,8 +209,12 @@ class Merging:
         for piece in pieces:
             regions.setdefault(piece.region, []).append(piece)
         variants = {variant_named(p.target.settings.variant) for p in pieces}
-        if not all(v.has_blocks for v in variants) or any(
-            a.overlaps(b) for a, b in combinations(regions, 2)
+        # a block of a range of columns is whole rows, in which other columns may be changed, too
+        beside = len(regions) > 1 and any(r.columns is not None for r in regions)
+        if (
+            beside
+            or not all(v.has_blocks for v in variants)
+            or any(a.overlaps(b) for a, b in combinations(regions, 2))
         ):
             return [Block(0, prod(shape), tuple(pieces))]
         found, width = [], prod(shape[1:])

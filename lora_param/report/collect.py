@@ -131,7 +131,16 @@ def _norm(values: Array) -> float:
     """‖W‖: a few rows at a time in the precision it has, and their sum exactly."""
     flat = values.reshape(-1)
     parts = (flat[i : i + BLOCK] for i in range(0, flat.size, BLOCK))
-    return math.sqrt(math.fsum(float(np.dot(part, part)) for part in parts))
+    return math.sqrt(math.fsum(map(_square, parts)))
+
+
+def _square(part: Array) -> float:
+    """‖part‖², in fp64 where its own precision overflows."""
+    with np.errstate(over="ignore"):
+        found = float(np.dot(part, part))
+    if math.isfinite(found) or part.dtype == np.float64:
+        return found
+    return _square(part.astype(np.float64))
 
 
 def _lowered(

@@ -186,3 +186,21 @@ def test_an_archive_that_cannot_be_patched_is_written_anew(how: str, tmp_path: P
         assert torch.equal(baked["model"]["c.weight"], w)
     if how == "shared":
         assert torch.equal(baked["optimizer"]["state"][0], w[3:])
+
+
+def test_ranges_of_columns_that_share_rows(tmp_path):
+    """A block of columns is whole rows: one of a range does not undo what another changed."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(48, 16, bias=False))
+    torch.save(net.state_dict(), tmp_path / "m.pt")
+    save_file(net.state_dict(), tmp_path / "m.safetensors")
+    lp.apply(net, ["0[:,0:16]", "0[:,32:48]"], rank=2)
+    for p in lp.parameters(net):
+        torch.nn.init.normal_(p)
+    lp.save(net, tmp_path / "a.safetensors")
+    expected = lp.merged_state_dict(net)["0.weight"]
+    for name in ("m.pt", "m.safetensors"):
+        out = tmp_path / f"out.{name}"
+        lp.bake_checkpoint(tmp_path / name, tmp_path / "a.safetensors", out, verify=True)
+        baked = torch.load(out) if name.endswith("pt") else load_file(out)
+        assert torch.equal(baked["0.weight"], expected), name
