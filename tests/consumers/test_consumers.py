@@ -205,7 +205,7 @@ CORPUS = [
             add(f"{EXPERTS}.lora_B.weight", 32, 32),
         ),
         {ITSELF: "differs", "vllm": "differs", "sglang": "differs"},
-        "--layout old|new",
+        "--layout out-in|in-out",
     ),
     Failure(
         "no prefix",

@@ -1,4 +1,4 @@
-"""sd-scripts' files, beside what LyCORIS' own modules and diffusers' own loader make of them."""
+"""sd-scripts' files, beside their formula and what LyCORIS' own modules make of them."""
 
 from __future__ import annotations
 
