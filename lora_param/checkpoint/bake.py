@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
-from lora_param.checkpoint.jobs import one_thread
 from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
@@ -45,6 +44,7 @@ from lora_param.errors import (
 from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output, replace_directory, replace_file
 from lora_param.printing import Printed
+from lora_param.weight.blocks import one_thread
 
 if TYPE_CHECKING:
     import torch

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
-__all__ = ["Job", "Progress", "followed", "one_thread", "run_jobs"]
+from lora_param.weight.blocks import one_thread
+
+__all__ = ["Job", "Progress", "followed", "run_jobs"]
 
 _KEPT = 1 << 22  # elements, 16 MiB: more than a block's buffers take
 _MOST = 16  # threads: more wait for the disk, and for Python's lock
@@ -54,22 +55,6 @@ def followed(jobs: Iterable[Job], last: Callable[[], None]) -> Iterator[Job]:
     taken = True
     if not open_:
         yield Job(last)
-
-
-@contextmanager
-def one_thread() -> Iterator[int]:
-    """Torch computes in this thread alone; gives the number of threads that it is set to use.
-
-    For many small tensors: threads that wait for each other cost more than they do.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)  # new threads begin with what was set last
 
 
 def run_jobs(jobs: Iterable[Job], progress: Progress) -> None:

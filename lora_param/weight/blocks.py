@@ -1,16 +1,17 @@
 """The blocks that a weight is merged in: a few rows at a time, so that they stay in cache.
 
-How a library sums a product of matrices depends on its shape, in the last bit. So everything that
-builds an update does it by these blocks, whether the weight is in a model or in a file, and the
-bits are the same. They depend on the shape alone, not on the threads or the memory at hand.
+How a library sums a product of matrices depends on its shape and on the threads it is divided over,
+in the last bit. So everything that builds an update on a CPU does it by these blocks, each in one
+thread, whether the weight is in a model or in a file, and the bits are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 
-__all__ = ["BLOCK", "Index", "blocks_of", "flat_range"]
+__all__ = ["BLOCK", "Index", "blocks_of", "flat_range", "one_thread"]
 
 BLOCK = 1 << 18
 """Elements of a block at the most, where a row has no more: 1 MiB of fp32."""
@@ -54,3 +55,20 @@ def flat_range(index: Index, shape: tuple[int, ...]) -> tuple[int, int]:
     steps = [prod(shape[k + 1 :]) for k in range(len(index))]
     start = sum(part.start * step for part, step in zip(index, steps, strict=True))
     return start, start + prod(part.stop - part.start for part in index) * shape[-1]
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """Torch computes in this thread alone; gives the number of threads that it is set to use.
+
+    For bits that do not depend on that number; and for many small tensors, where threads that wait
+    for each other cost more than they do.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)  # new threads begin with what was set last

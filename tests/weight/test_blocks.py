@@ -59,22 +59,26 @@ def test_an_update_by_blocks_has_the_bits_of_the_whole(
         assert torch.equal(part.delta(W[index], torch.float32), whole[index])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_bits_depend_neither_on_threads_nor_on_gradients(threads: int) -> None:
+@pytest.mark.parametrize("shape", [(513, 1025), *[(m, 512) for m in (5, 6, 9, 11, 21)]], ids=str)
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_the_bits_depend_neither_on_threads_nor_on_gradients(
+    threads: int, shape: tuple[int, int]
+) -> None:
     g = torch.Generator().manual_seed(0)
-    W = torch.randn(513, 1025, generator=g)
-    made = {
-        "lora_A": torch.randn(16, 1025, generator=g),
-        "lora_B": torch.randn(513, 16, generator=g),
-    }
-    expected = merge(W, [make_update(variant_named("lora"), made, 1.5, 1.0)])
+    W, made = torch.randn(shape, generator=g), tensors_of("lora", shape, 4)
+    before = torch.get_num_threads()
+
+    def merged(number: int) -> torch.Tensor:
+        torch.set_num_threads(number)
+        try:
+            return merge(W, [make_update(variant_named("lora"), made, 1.5, 1.0)])
+        finally:
+            assert torch.get_num_threads() == number
+            torch.set_num_threads(before)
+
+    expected = merged(1)
     for tensor in made.values():
         tensor.requires_grad_()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        found = merge(W, [make_update(variant_named("lora"), made, 1.5, 1.0)])
-    finally:
-        torch.set_num_threads(before)
+    found = merged(threads)
     assert found.requires_grad
     assert torch.equal(found, expected)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_param.weight.blocks import BLOCK, Index, blocks_of
+from lora_param.weight.blocks import BLOCK, Index, blocks_of, one_thread
 from lora_param.weight.precision import exact
 
 __all__ = ["Fresh", "Lowered", "Tensors", "Variant", "product"]
@@ -155,8 +155,9 @@ class Variant:  # its methods are defaults, and do not use all of their argument
 def product(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale·(B @ A), computed in `dtype` whatever autocast says. (*, out, in)
 
-    Both factors are made contiguous first, and the product is made by `blocks_of`, so that the bits
-    depend neither on how they are stored nor on whether all of it is made at once.
+    Both factors are made contiguous first, and the product is made by `blocks_of`, each in one
+    thread, so that the bits depend neither on how they are stored, nor on whether all of it is made
+    at once, nor on the number of threads.
     """
     with exact(A):
         A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
@@ -168,8 +169,11 @@ def product(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 def _by_blocks(B: Tensor, A: Tensor) -> Tensor:
     """B @ A. (*, m, r), (*, r, n) → (*, m, n)"""
     shape = (*B.shape[:-1], A.shape[-1])
-    if B.device.type != "cpu" or torch.compiler.is_compiling() or math.prod(shape) <= BLOCK:
+    if B.device.type != "cpu" or torch.compiler.is_compiling():
         return B @ A
-    # joined by cat, for that is differentiable and known to all of torch's transforms
-    blocks = [(B[index] @ A[index[:-1]]).reshape(-1) for index in blocks_of(shape)]
+    with one_thread():
+        if math.prod(shape) <= BLOCK:
+            return B @ A
+        # joined by cat, for that is differentiable and known to all of torch's transforms
+        blocks = [(B[index] @ A[index[:-1]]).reshape(-1) for index in blocks_of(shape)]
     return torch.cat(blocks).reshape(shape)
