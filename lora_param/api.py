@@ -20,8 +20,9 @@ from lora_param.arithmetic.approximate import PLAIN, approximate
 from lora_param.arithmetic.combine import Compressed
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.errors import NoAdapterError, OptionError, OutputError
+from lora_param.errors import NoAdapterError, OptionError, OutputError, worded
 from lora_param.formats import (
+    format_named,
     is_adapter,
     read_adapter,
     toggle_file,
@@ -141,6 +142,9 @@ def stats(
             measured=norms,
             progress=progress,
         )
+    if isinstance(adapter, str | os.PathLike) and not is_adapter(adapter) and is_adapter(path):
+        accepted = f"the model first: {adapter} {path}"
+        raise OptionError("the order of model and adapter", f"{path} {adapter}", accepted)
     with open_checkpoint(path, key) as checkpoint:
         if adapter is None:
             return collect(checkpoint.weights, [], source=str(path), name=_name(path))
@@ -441,7 +445,8 @@ def convert(
     >>> convert("peft-directory", "native", "adapter.safetensors", base="model")  # doctest: +SKIP
     """
     if rank is not None and not lossy:
-        raise OptionError("rank", rank, "nothing without --lossy (lossy=True)")
+        raise OptionError("rank", rank, f"nothing without {worded('lossy=True', '--lossy')}")
+    format_named(to)
     record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, layout=layout)
 
     def written(record: Adapter, host: Host | None) -> Adapter:

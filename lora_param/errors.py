@@ -54,7 +54,8 @@ are one file, however long, so that the tree and the wording are seen together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 __all__ = [
     "AdapterError",
@@ -126,6 +127,29 @@ def escaped(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+_at_command_line = False
+
+
+def worded(library: str, command: str) -> str:
+    """What to give, as the library takes it, or the command line while one of its commands runs.
+
+    >>> worded("force=True", "--force")
+    'force=True'
+    """
+    return command if _at_command_line else library
+
+
+@contextmanager
+def at_command_line() -> Iterator[None]:
+    """Have errors made within the block speak to somebody at the command line."""
+    global _at_command_line
+    before, _at_command_line = _at_command_line, True
+    try:
+        yield
+    finally:
+        _at_command_line = before
 
 
 class LoraParamError(Exception):
@@ -265,10 +289,12 @@ class TiedWeightsError(TargetError):
     """One side of a tied pair."""
 
     def __init__(self, chosen: Sequence[str], others: Sequence[str]) -> None:
+        together = worded("tied='together'", "--tied together")
+        apart = worded("tied='apart'", "--tied apart")
         super().__init__(
             f"{listed(chosen)} is tied to {listed(others)} (one tensor under several names), and "
-            f"only the first is targeted. Choose: tied='together' (--tied together) adapts them "
-            f"all with one set of factors; tied='apart' (--tied apart) adapts the first alone."
+            f"only the first is targeted. Choose: {together} adapts them all with one set of "
+            f"factors; {apart} adapts the first alone."
         )
 
 
@@ -482,7 +508,7 @@ class FingerprintError(AdapterError):
         super().__init__(
             f"{adapter} was made on another base than {base}: the fingerprint differs for "
             f"{listed(differing)}. Give the base it was made on, or override the check with "
-            f"check_fingerprint=False (--ignore-fingerprint)."
+            f"{worded('check_fingerprint=False', '--ignore-fingerprint')}."
         )
 
 
@@ -493,10 +519,11 @@ class UnsettledError(AdapterError):
         adapter: which adapter.
         names: the weights that it is about.
         what: what is not told of them.
-        give: what to give, so that it is.
+        give: what to give, so that it is; the base, unless there is more to say.
     """
 
-    def __init__(self, adapter: str, names: Iterable[str], what: str, give: str) -> None:
+    def __init__(self, adapter: str, names: Iterable[str], what: str, give: str = "") -> None:
+        give = give or f"give the base ({worded('base=', '--base MODEL')})"
         super().__init__(f"{adapter} does not tell {what} (of {listed(names)}): {give}.")
 
 
@@ -550,7 +577,7 @@ class UnchangedError(AdapterError):
         what = f"{targets} enabled target{'s' * (targets != 1)} of {listed(adapters)}"
         why = (
             f"the updates of {what} are too small for the stored dtype; give a wider one "
-            "(--dtype float32)"
+            f"({worded('dtype=torch.float32', '--dtype float32')})"
             if lost
             else f"the updates of {what} are still zero; train the adapter first"
         )
@@ -566,10 +593,11 @@ class QuantizationLossError(AdapterError):
     def __init__(self, kept: Sequence[tuple[str, float]], targets: int) -> None:
         worst = sorted(kept, key=lambda item: item[1])
         shown = listed([f"{name} ({share:.0%})" for name, share in worst])
+        plain = worded("quantized='dense'", "--as dense")
         super().__init__(
             f"quantizing again keeps less than half of the update of {len(kept)} of {targets} "
-            f"targets: {shown}. Nothing was written. Write plain weights (--as dense), or "
-            f"accept it (--force)."
+            f"targets: {shown}. Nothing was written. Write plain weights ({plain}), or "
+            f"accept it ({worded('force=True', '--force')})."
         )
 
 

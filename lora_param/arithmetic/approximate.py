@@ -97,7 +97,6 @@ def _nearest(
                 adapter.source,
                 [key],
                 f"the weights on which an update of variant {t.settings.variant} depends",
-                "give the base (--base MODEL, base=)",
             )
         W = host.value(t.target.name).detach().cpu()[region.index]
         W = W.to(torch.promote_types(W.dtype, torch.float32)).reshape(shape)  # (*, m, n)

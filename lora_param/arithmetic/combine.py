@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.arithmetic.pairs import Pair, pair_of
-from lora_param.errors import MismatchError, OptionError, OverlapError
+from lora_param.errors import MismatchError, OptionError, OverlapError, listed
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.settings import Settings
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from lora_param.weight.lowrank import Kept
 
-__all__ = ["METHODS", "Compressed", "combine", "resize"]
+__all__ = ["METHODS", "Compressed", "check_options", "combine", "resize"]
 
 METHODS = ("cat", "svd", "linear", "ties", "dare", "core-space")
+_THINNING = ("ties", "dare", "core-space")
+_DENSITY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def combine(
     *,
     method: str = "cat",
     rank: int | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
     adapter: str = "default",
     report: Callable[[Compressed], None] | None = None,
@@ -70,7 +72,7 @@ def combine(
             "core-space": "ties" in the space that all factors span, where the updates are small
             matrices (Panariello et al. 2025, https://arxiv.org/abs/2509.17786).
         rank: compress the result to this rank, for any method.
-        density: for ties, dare and core-space, the share of elements that stays.
+        density: for ties, dare and core-space, the share of elements that stays, 0.5 by default.
         seed: of dare's draws.
         adapter: the name of the result.
         report: called with what became of each target.
@@ -90,7 +92,9 @@ def combine(
     """
     from lora_param.weight.lowrank import Kept
 
-    _check(adapters, weights, method, density)
+    check_options(method, rank, density)
+    density = _DENSITY if density is None else density
+    _check(adapters, weights)
     if len(adapters) == 1 and weights[0] == 1 and rank is None and method == "cat":
         return replace(adapters[0], name=adapter)
     keep = None if rank is None else Kept(rank=rank)
@@ -124,18 +128,28 @@ def combine(
     )
 
 
-def _check(
-    adapters: Sequence[Adapter], weights: Sequence[float], method: str, density: float
-) -> None:
+def check_options(method: str, rank: int | None, density: float | None) -> None:
+    """What of `combine`'s options can be checked before an adapter is read.
+
+    Raises:
+        OptionError: see `combine`.
+    """
     if method not in METHODS:
         raise OptionError("method", method, ", ".join(METHODS))
+    if rank is not None and rank < 1:
+        raise OptionError("rank", rank, "a whole number of at least 1")
+    if density is not None and method not in _THINNING:
+        raise OptionError("density", density, f"none with {method}; {listed(_THINNING)} take one")
+    if density is not None and not 0 < density <= 1:
+        raise OptionError("density", density, "a share above 0 and at most 1")
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
     if not adapters or len(adapters) != len(weights):
         raise OptionError("weights", list(weights), f"one for each of {len(adapters)} adapters")
     for weight in weights:
         if not math.isfinite(weight):
             raise OptionError("weights", list(weights), "finite numbers")
-    if not 0 < density <= 1:
-        raise OptionError("density", density, "a share above 0 and at most 1")
 
 
 def _targets(adapters: Sequence[Adapter]) -> dict[str, list[int]]:

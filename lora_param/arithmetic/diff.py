@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_param.adapter import Adapter
@@ -19,6 +19,7 @@ from lora_param.formats import is_adapter, read_adapter
 from lora_param.printing import Printed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["Diff", "Difference", "diff"]
@@ -67,6 +68,7 @@ class Diff(Printed):
         kind: "adapters", "checkpoints" or "baked".
         rows: what differs.
         compared: number of weights or targets that both sides have.
+        notes: how they were compared, where that is not plain; one sentence each.
     """
 
     view: ClassVar[str] = "diff_view"
@@ -76,6 +78,7 @@ class Diff(Printed):
     kind: str
     rows: tuple[Difference, ...]
     compared: int
+    notes: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -90,6 +93,7 @@ class Diff(Printed):
             "kind": self.kind,
             "same": self.same,
             "compared": self.compared,
+            "notes": list(self.notes),
             "differences": [asdict(row) for row in self.rows],
         }
 
@@ -109,7 +113,9 @@ def diff(
 ) -> Diff:
     """Compare two adapters, two checkpoints, or a checkpoint with a base and an adapter.
 
-    Weights are the same where their bits are. One is in memory at a time.
+    Weights are the same where their bits are. One is in memory at a time. A merged checkpoint may
+    be stored in another dtype than its base (`bake --dtype`): W + ΔW is then rounded to the dtype
+    that `a` has, and the notes say so.
 
     Args:
         a: an adapter or a checkpoint.
@@ -148,11 +154,11 @@ def _of_checkpoints(
     check_fingerprint: bool,
     progress: Progress | None,
 ) -> Diff:
-    meant: Callable[[str], Tensor] = b.__getitem__
+    merging = None
     if adapter is not None:
-        record = read_adapter(adapter)
-        merging = plan_merging(b, [(record, 1.0)], dtype=None, check_fingerprint=check_fingerprint)
-        meant = lambda name: merging.stored(name, b[name])  # noqa: E731
+        pairs = [(read_adapter(adapter), 1.0)]
+        merging = plan_merging(b, pairs, dtype=None, check_fingerprint=check_fingerprint)
+    cast: dict[tuple[torch.dtype, torch.dtype], int] = {}
     names = [*a, *(n for n in b if n not in a)]
     both = [n for n in names if n in a and n in b]
     rows: list[Difference] = []
@@ -161,11 +167,29 @@ def _of_checkpoints(
             progress(i + 1, len(names), name)
         if name not in a or name not in b:
             rows.append(Difference(name, f"in {a.path if name in a else b.path} alone"))
-        elif row := _values(name, a[name], meant(name)):
+            continue
+        mine, theirs = a[name], b[name]
+        if merging is not None:
+            own = merging.stored_as(theirs)
+            if mine.dtype != own and mine.is_floating_point() and own.is_floating_point:
+                cast[own, mine.dtype] = cast.get((own, mine.dtype), 0) + 1
+                theirs = replace(merging, dtype=mine.dtype).stored(name, theirs)
+            else:
+                theirs = merging.stored(name, theirs)
+        if row := _values(name, mine, theirs):
             rows.append(row)
     side = str(b.path) if adapter is None else f"{b.path} with {adapter}"
     kind = "checkpoints" if adapter is None else "baked"
-    return Diff(str(a.path), side, kind, tuple(rows), len(both))
+    notes = [_cast_note(n, *dtypes) for dtypes, n in cast.items()]
+    return Diff(str(a.path), side, kind, tuple(rows), len(both), tuple(notes))
+
+
+def _cast_note(count: int, base: torch.dtype, merged: torch.dtype) -> str:
+    there, here = (str(d).removeprefix("torch.") for d in (base, merged))
+    return (
+        f"{count} weight{'s' * (count != 1)}, {there} in the base, {'is' if count == 1 else 'are'} "
+        f"{here} in what was merged, and compared as {here}."
+    )
 
 
 def _values(name: str, a: Tensor, b: Tensor) -> Difference | None:

@@ -40,6 +40,7 @@ from lora_param.errors import (
     OutputError,
     QuantizationLossError,
     UnchangedError,
+    worded,
 )
 from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output, replace_directory, replace_file
@@ -245,7 +246,7 @@ def bake_adapters(
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
     if options.quantized not in (None, *get_args(Form)):
-        raise OptionError("quantized (--as)", options.quantized, ", ".join(get_args(Form)))
+        raise OptionError(worded("quantized", "--as"), options.quantized, ", ".join(get_args(Form)))
     with (
         _held(base) if options.in_place else nullcontext() as state,
         closing(open_checkpoint(base, options.key)) as checkpoint,
@@ -309,9 +310,10 @@ def _form(checkpoint: Checkpoint, options: BakeOptions) -> Form | None:
     if isinstance(checkpoint, QuantizedCheckpoint):
         only_refused = checkpoint.refused and not checkpoint.packed
         return options.quantized or ("same" if only_refused else "dense")
-    for name, value in (("quantized (--as)", options.quantized), ("original", options.original)):
+    given = (("quantized", "--as", options.quantized), ("original", "--original", options.original))
+    for name, flag, value in given:
         if value is not None:
-            raise OptionError(name, str(value), "None: the base is not quantized")
+            raise OptionError(worded(name, flag), str(value), "none: the base is not quantized")
     return None
 
 
@@ -330,13 +332,16 @@ def _place(checkpoint: Checkpoint, base: Path_, out: Path_ | None, in_place: boo
     own = checkpoint.path
     if out is None:
         if not in_place:
-            raise OptionError("out", None, "a path, or in_place=True (--in-place)")
+            raise OptionError("out", None, f"a path, or {worded('in_place=True', '--in-place')}")
         return own
     same = os.path.realpath(out) in (os.path.realpath(own), os.path.realpath(base))
     if same and not in_place:
-        raise OutputError(out, "it is the input; give another path, or in_place=True (--in-place)")
+        instead = worded("in_place=True", "--in-place")
+        raise OutputError(out, f"it is the input; give another path, or {instead}")
     if in_place and not same:
-        raise OptionError("out", str(out), "nothing but the input, with in_place=True")
+        raise OptionError(
+            "out", str(out), f"nothing but the input, with {worded('in_place=True', '--in-place')}"
+        )
     return own if in_place else Path(out)
 
 

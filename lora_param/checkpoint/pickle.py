@@ -22,6 +22,7 @@ from lora_param.errors import (
     UnknownFileError,
     UnsafePickleError,
     listed,
+    worded,
 )
 from lora_param.targets.weights import Weight
 
@@ -338,7 +339,7 @@ def _choose(
     if key is not None:
         if key not in keys:
             shown = ", ".join(k or "'' (the top level)" for k in keys) or "nothing: it has none"
-            raise OptionError(f"key (--key) for {file}", key, shown)
+            raise OptionError(f"{worded('key', '--key')} for {file}", key, shown)
         return keys[key]
     if not found:
         what = f"a {type(content).__name__}"
@@ -360,6 +361,6 @@ def _choose(
         raise UnknownFileError(
             file,
             f"a file with several state dicts ({', '.join(keys)})",
-            "one of them, chosen with key=... (--key)",
+            f"one of them, chosen with {worded('key=...', '--key')}",
         )
     return ranked[0][1]

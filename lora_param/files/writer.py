@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from lora_param.errors import BrokenFileError, FileError, OutputError, escaped
+from lora_param.errors import BrokenFileError, FileError, OutputError, escaped, worded
 from lora_param.files.locks import HAS_LOCKS, State, is_at, locked, release, state_of, take
 
 __all__ = ["check_output", "copy_range", "replace_directory", "replace_file"]
@@ -33,7 +33,6 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _LONGEST = 200  # bytes of a name in that of its temporary: file systems take 255 in all
-_EXISTS = "it exists; replace it with force=True (--force)"
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool = False) -> Path:
@@ -60,7 +59,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool =
         if not directory and not real.is_file():
             raise OutputError(path, "it is not a regular file")
         if not force:
-            raise OutputError(path, _EXISTS)
+            raise OutputError(path, _exists())
     parent = real.parent
     if not parent.is_dir():
         wrong = "is not a directory" if parent.exists() else "does not exist"
@@ -69,6 +68,10 @@ def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool =
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(path, f"the directory {parent} is not writable")
     return real
+
+
+def _exists() -> str:
+    return f"it exists; replace it with {worded('force=True', '--force')}"
 
 
 @contextmanager
@@ -231,7 +234,7 @@ def _cleaned(path: object, temporary: Path) -> Iterator[Path]:
         error.args = (told,)
         raise
     except OSError as error:
-        reason = _EXISTS if isinstance(error, FileExistsError) else error.strerror
+        reason = _exists() if isinstance(error, FileExistsError) else error.strerror
         raise OutputError(path, reason or str(error)) from error
     except RuntimeError as error:
         # torch.save, closing its archive after a write that failed, says nothing of why it did.

@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_param.adapter import Adapter
 from lora_param.errors import MissingFileError, NoFormError, OptionError
 from lora_param.formats import kohya, native, peft, portable
-from lora_param.formats.base import Format
+from lora_param.formats.base import LAYOUTS, Format
 from lora_param.formats.native import check_adapter_name
 from lora_param.formats.unknown import ACCEPTED, unknown_adapter
 from lora_param.names.table import read_names
@@ -21,6 +21,7 @@ from lora_param.names.table import read_names
 __all__ = [
     "FORMATS",
     "check_adapter_name",
+    "format_named",
     "is_adapter",
     "read_adapter",
     "toggle_file",
@@ -58,11 +59,14 @@ def read_adapter(
 
     Raises:
         NameRuleError: `names` cannot be read.
+        OptionError: `layout` is neither of the two, or the file tells it.
         MissingFileError: there is nothing at this path.
         BrokenFileError: it is damaged, or its tensors and its settings do not agree.
         UnknownFileError: it is no adapter, or one of a format that is not supported.
         NoFormError: it has something that has no form here.
     """
+    if layout not in (None, *LAYOUTS):
+        raise OptionError("layout", layout, ", ".join(LAYOUTS))
     path = Path(path)
     if not path.exists():
         raise MissingFileError(path, ACCEPTED)
@@ -96,10 +100,19 @@ def write_adapter(
         NoFormError: the adapter has something that has no form in this format.
         UnsettledError: it leaves open what the format has to say; `convert` takes a base.
     """
-    name = native.FORMAT.name if format is None else format
+    chosen = format_named(native.FORMAT.name if format is None else format)
+    chosen.write(adapter, Path(path), force=force, sync=sync)
+
+
+def format_named(name: str) -> Format:
+    """One of `FORMATS`.
+
+    Raises:
+        OptionError: there is none of this name.
+    """
     if name not in FORMATS:
-        raise OptionError("format", format, ", ".join(FORMATS))
-    FORMATS[name].write(adapter, Path(path), force=force, sync=sync)
+        raise OptionError("format", name, ", ".join(FORMATS))
+    return FORMATS[name]
 
 
 def toggle_file(

@@ -9,7 +9,10 @@ from typing import Protocol
 
 from lora_param.adapter import Adapter
 
-__all__ = ["Format", "Read", "Write"]
+__all__ = ["LAYOUTS", "Format", "Read", "Write"]
+
+LAYOUTS = ("out-in", "in-out")
+"""How a base may store square weights."""
 
 
 class Read(Protocol):
@@ -20,7 +23,7 @@ class Read(Protocol):
 
         Args:
             path: what `recognise` has recognised.
-            layout: "out-in" or "in-out": how square weights are stored, where nothing tells.
+            layout: one of `LAYOUTS`: how square weights are stored, where nothing tells.
         """
 
 

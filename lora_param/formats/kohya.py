@@ -24,6 +24,7 @@ from lora_param.errors import (
     OptionError,
     OutputError,
     UnsettledError,
+    worded,
 )
 from lora_param.files.header import read_header
 from lora_param.files.safetensors import NAMES, SafetensorsFile, StreamEntry, write_safetensors
@@ -274,7 +275,6 @@ def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
             adapter.source,
             adapter.targets,
             "what its base calls its weights",
-            "give the base (--base MODEL, base=)",
         )
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}
@@ -285,7 +285,8 @@ def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
                 adapter.source,
                 key,
                 "no factors of a linear layer or a convolution, and sd-scripts has no others",
-                "bake it (lora-param bake), or give --lossy to leave it out",
+                "bake it (lora-param bake), or give "
+                f"{worded('lossy=True', '--lossy')} to leave it out",
             )
         of_weight.setdefault(name, []).append(key)
     names = _lora_names(adapter, list(of_weight))

@@ -267,7 +267,6 @@ def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
             adapter.source,
             adapter.targets,
             "how the base stores its weights",
-            "give the base (--base MODEL, base=)",
         )
     entries: dict[str, StreamEntry] = {}
     for key in adapter.targets:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, AdapterTarget
-from lora_param.errors import NoFormError, UnsettledError
+from lora_param.errors import NoFormError, UnsettledError, worded
 from lora_param.formats.base import Format
 from lora_param.formats.peft.encode import Pair, pair_of
 from lora_param.formats.peft.kinds import kinds_of
@@ -33,10 +33,6 @@ __all__ = ["FORMAT", "SERVED", "portable"]
 SERVED = ("linear", "conv1d")
 """The kinds of layer that servers have factors for."""
 
-_INSTEAD = (
-    "give --lossy to leave it out or to approximate it, or bake it (lora-param bake MODEL ADAPTER)"
-)
-
 
 def portable(adapter: Adapter) -> Adapter:
     """The same update as one pair of factors for each linear layer, of one rank and scale.
@@ -49,13 +45,13 @@ def portable(adapter: Adapter) -> Adapter:
     for key, t in adapter.targets.items():
         why = _no_form(adapter, t)
         if why:
-            raise NoFormError(adapter.source, key, why, _INSTEAD)
+            raise NoFormError(adapter.source, key, why, _instead())
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}
     for key, t in adapter.targets.items():
         if kinds[t.target.name] not in SERVED:
             why = f"of a layer of kind {kinds[t.target.name]}, and servers take linear layers alone"
-            raise NoFormError(adapter.source, key, why, _INSTEAD)
+            raise NoFormError(adapter.source, key, why, _instead())
         of_weight.setdefault(t.target.name, []).append(key)
     pairs = {name: pair_of(adapter, keys, kinds[name]) for name, keys in of_weight.items()}
     rank = max(p.rank for p in pairs.values())
@@ -86,9 +82,16 @@ def _settled(adapter: Adapter) -> Adapter:
     ]
     if open_:
         raise UnsettledError(
-            adapter.source, open_, "what its base is like there", "give it (--base MODEL, base=)"
+            adapter.source,
+            open_,
+            "what its base is like there",
         )
     return replace(adapter, settle=None)
+
+
+def _instead() -> str:
+    lossy = worded("lossy=True", "--lossy")
+    return f"give {lossy} to leave it out or to approximate it, or bake it (lora-param bake)"
 
 
 def _no_form(adapter: Adapter, t: AdapterTarget) -> str:

@@ -223,7 +223,7 @@ def _freeze(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in factors:
             names.add(_base_name(name))
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # a lazy module's takes no method
     setattr(model, _FROZEN, frozenset(names))
 
 
@@ -237,7 +237,7 @@ def _restore_frozen(model: nn.Module) -> None:
     names |= {re.sub(r"\.original\d+$", "", name) for name in names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if _base_name(name) in names:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
 
 
 def _base_name(name: str) -> str:

@@ -361,7 +361,10 @@ def _computed(tensor: str, fused: bool) -> property:
             raise ComputedWeightError(f"assigning {tensor!r}")
         chain.right_inverse(value)
 
-    return property(get_for_kernels if fused else get, set_)
+    def delete(self: nn.Module) -> None:  # noqa: ARG001  a property's signature
+        raise ComputedWeightError(f"deleting {tensor!r}")
+
+    return property(get_for_kernels if fused else get, set_, delete)
 
 
 def _reads_as(chain: parametrize.ParametrizationList, value: Tensor) -> bool:

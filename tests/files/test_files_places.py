@@ -77,7 +77,7 @@ def test_20_an_output_that_appears_meanwhile_is_kept_without_force(
                 (place / "x").write_bytes(b"second")
             write(kind, path, b"first")
 
-    with pytest.raises(OutputError, match=r"out was not written: it exists; .*--force"):
+    with pytest.raises(OutputError, match=r"out was not written: it exists; .*force=True"):
         overtaken()
     assert content_of(path) == b"first"
     assert list(tmp_path.iterdir()) == [path]

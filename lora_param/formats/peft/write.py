@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_param.adapter import Adapter, Layer
-from lora_param.errors import NoFormError, NonFiniteError, OutputError, UnsettledError
+from lora_param.errors import NoFormError, NonFiniteError, OutputError, UnsettledError, worded
 from lora_param.files.safetensors import NAMES, StreamEntry, write_safetensors
 from lora_param.files.writer import check_output, replace_directory
 from lora_param.formats.peft.config import PEFT_VERSION
@@ -78,7 +78,6 @@ def write_peft(
             adapter.source,
             adapter.targets,
             "how its base stores its weights",
-            "give the base (--base MODEL, base=)",
         )
     config, tensors = _encode(adapter)
     if leaves:
@@ -225,7 +224,7 @@ def _registered(adapter: Adapter, names: list[str]) -> list[str]:
         adapter.source,
         names,
         "in which order their module has them, which PEFT's keys depend on",
-        "give the base (--base python:package.module:callable tells it)",
+        f"give the live model ({worded('base=model', '--base python:module:callable')}), which tells",
     )
 
 
