@@ -21,11 +21,13 @@ from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.chunks import write_distributed
 from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
-from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
+from lora_param.checkpoint.measures import BakedTarget
+from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.original import advice, quantization_errors
 from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
+from lora_param.checkpoint.plan import plan_merging
 from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
 from lora_param.checkpoint.reread import (
     verify_directory,
