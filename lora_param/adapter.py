@@ -16,7 +16,7 @@ from lora_param.fingerprint import BaseWeight
 from lora_param.names.table import Names
 from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
-from lora_param.targets.settings import INITIAL, VARIANTS, Settings
+from lora_param.targets.settings import INITIAL, Settings, axes_of
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Adapter:
 
     def tensor_names(self, key: str) -> list[str]:
         """The short names of one target's tensors."""
-        named = (*VARIANTS[self.targets[key].settings.variant], *INITIAL)
+        named = axes_of(self.targets[key].settings.variant)
         return [n for n in named if f"{key}.{n}" in self.tensors]
 
     def weights(self) -> dict[str, Weight]:

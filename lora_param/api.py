@@ -1,9 +1,11 @@
-"""The verbs over more than one wing: `plan`, `stats`, `enable`, `disable` take a live model or a
-path, `save` and `load` stand between an adapter on a model and its file.
+"""Functions over live models and files alike: `plan`, `stats`, `enable`, `disable` take a live model
+or a path, `save` and `load` stand between an adapter on a model and its file.
 
 What works on a live model alone is in `model/`, what works on files alone in `checkpoint/` and
-`formats/`. Nothing here imports torch: only a live model brings it, and then it is imported. Half
-of the lines say what the arguments are: the functions are short, and their list is the contract.
+`formats/`. Nothing here imports torch: only a live model brings it, and then it is imported.
+
+It is one file, however long: the list of its functions is the contract, and half of its lines say
+what their arguments are.
 """
 
 from __future__ import annotations

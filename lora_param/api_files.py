@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from lora_param.adapter import Adapter, check_name
-from lora_param.checkpoint.bake import BakeOptions, BakeReport, bake_adapters
+from lora_param.checkpoint.bake import bake_adapters
 from lora_param.checkpoint.create import create_adapter
+from lora_param.checkpoint.options import BakeOptions
+from lora_param.checkpoint.report import BakeReport
 from lora_param.checkpoint.unpacking import Form
 from lora_param.errors import OutputError
 from lora_param.files.writer import check_output

@@ -143,7 +143,7 @@ def worded(library: str, command: str) -> str:
 
 @contextmanager
 def at_command_line() -> Iterator[None]:
-    """Have errors made within the block speak to somebody at the command line."""
+    """Within the block, errors name the options of the command line."""
     global _at_command_line
     before, _at_command_line = _at_command_line, True
     try:
@@ -344,8 +344,8 @@ class ChainError(ModelError):
     def __init__(self, name: str, others: Sequence[str], kept: Sequence[str] = ()) -> None:
         what = f"{name} carries another parametrization besides LoRA ({listed(others)})"
         super().__init__(
-            f"{what}: its chain becomes one plain weight as a whole, with {listed(kept)}, which "
-            f"was to stay. Bake all adapters at once (adapter=None)."
+            f"{what}. All parametrizations of a weight are baked together, and with them "
+            f"{listed(kept)}, which was to stay: bake all adapters at once (adapter=None)."
             if kept
             else f"{what}, through which W + ΔW cannot be written. Remove that one first, or make "
             f"the whole chain one plain weight: bake(model, chain=True)."
@@ -357,9 +357,9 @@ class DependentUpdateError(ModelError):
 
     def __init__(self, key: str, baked: Sequence[str], kept: str, variant: str) -> None:
         super().__init__(
-            f"{key}: baking {listed(baked)} alone would change what {kept!r} adds, since the "
-            f"update of {variant} depends on the weight that it stands on, and with it the output. "
-            f"Bake all adapters at once (adapter=None), or remove one of the two. "
+            f"{key}: baking {listed(baked)} alone would change what {kept!r} adds, and so the "
+            f"model's output: an update of variant {variant} depends on the weight that it is "
+            f"added to. Bake all adapters at once (adapter=None), or remove one of the two. "
             f"Nothing was written."
         )
 
@@ -389,8 +389,8 @@ class ResizeError(ModelError):
 
     def __init__(self, names: Sequence[str], rows: int, wanted: int) -> None:
         super().__init__(
-            f"{listed(names)} is adapted, and resizing it from {rows} to {wanted} rows would leave "
-            f"its factors behind; nothing was changed. Resize before lora_param.apply(model), or "
+            f"{listed(names)} is adapted, and its factors would not fit it with {wanted} rows "
+            f"instead of {rows}; nothing was changed. Resize before lora_param.apply(model), or "
             f"call lora_param.bake(model) or lora_param.remove(model) first."
         )
 
@@ -524,7 +524,7 @@ class UnsettledError(AdapterError):
 
     def __init__(self, adapter: str, names: Iterable[str], what: str, give: str = "") -> None:
         give = give or f"give the base ({worded('base=', '--base MODEL')})"
-        super().__init__(f"{adapter} does not tell {what} (of {listed(names)}): {give}.")
+        super().__init__(f"{adapter} does not say {what} (of {listed(names)}): {give}.")
 
 
 class NoFormError(AdapterError):
@@ -546,8 +546,8 @@ class ResumeError(AdapterError):
 
     def __init__(self, name: str, here: str, there: str) -> None:
         super().__init__(
-            f"the state dict goes on from another base: the frozen weight of {name} has the "
-            f"fingerprint {there!r} there and {here!r} here. Load the base that it was trained on, "
+            f"the state dict was saved on another base: the frozen weight of {name} has the "
+            f"fingerprint {there!r} there, and {here!r} in this model. Load the base that it was trained on, "
             f"apply the adapter, then resume."
         )
 

@@ -1,4 +1,4 @@
-"""Sums of adapters, and adapters of lower rank: on the factors, never on an m × n matrix."""
+"""Sums of adapters: on the factors, never on an m × n matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lora_param.weight.lowrank import Kept
 
-__all__ = ["METHODS", "Compressed", "check_options", "combine", "resize"]
+__all__ = ["METHODS", "Compressed", "check_options", "combine"]
 
 METHODS = ("cat", "svd", "linear", "ties", "dare", "core-space")
 _THINNING = ("ties", "dare", "core-space")
@@ -108,7 +108,7 @@ def combine(
         pair = Pair(pair.A.contiguous(), (pair.B * pair.scale).contiguous(), 1.0)
         first = adapters[holders[0]].targets[key]
         targets[key] = AdapterTarget(
-            first.target, _plain(pair.A.shape[-2]), also=first.also, apart=first.apart
+            first.target, Settings().at(pair.A.shape[-2], 1.0), also=first.also, apart=first.apart
         )
         tensors |= {f"{key}.lora_A": pair.A, f"{key}.lora_B": pair.B}
         if report:
@@ -182,10 +182,6 @@ def _same_base(a: Adapter, b: Adapter, name: str, mine: BaseWeight, theirs: Base
         raise MismatchError(
             a.source, b.source, shapes=[f"the base's {name}: {what}"], wanted=len(a.targets)
         )
-
-
-def _plain(rank: int) -> Settings:
-    return Settings(rank=rank, alpha=float(rank))
 
 
 def _combined(
@@ -293,46 +289,3 @@ def _in_core_space(pairs: Sequence[tuple[Pair, float]], density: float) -> Pair:
     V = orthonormal(torch.cat([p.A for p, _ in pairs], -2).mT)  # (*, in, l)
     cores = [(U.mT @ p.B) @ (p.A @ V) * p.scale for p, _ in pairs]  # (*, k, l) each
     return Pair(V.mT, U @ _ties(cores, [w for _, w in pairs], density), 1.0)
-
-
-def resize(
-    adapter: Adapter,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    error: float | None = None,
-    report: Callable[[Compressed], None] | None = None,
-) -> Adapter:
-    """An adapter of lower rank: for each target the best that there is for its product.
-
-    Args:
-        adapter: of plain LoRA; pissa's and olora's initial pairs are joined to the factors.
-        rank: the most that a target keeps.
-        energy: the share of ‖ΔW‖² to keep; each target keeps the fewest that hold it.
-        error: the same, as a share of ‖ΔW‖ that may be lost.
-        report: called with what became of each target.
-
-    Returns:
-        A new record with scale 1; what is enabled stays so.
-
-    Raises:
-        OptionError: not one of rank, energy and error, or a value out of range.
-        VariantError: an update is not of the form scale·(B @ A).
-
-    >>> resize(adapter, energy=0.99)  # doctest: +SKIP
-    """
-    from lora_param.weight.lowrank import Kept, reduce_product
-
-    keep = Kept(rank, energy, error)
-    targets: dict[str, AdapterTarget] = {}
-    tensors: dict[str, Tensor] = {}
-    for key, t in adapter.targets.items():
-        pair = pair_of(adapter, key, "resize")
-        low = reduce_product(pair.A, pair.B * pair.scale, keep)
-        settings = replace(_plain(low.A.shape[-2]), dropout=t.settings.dropout)
-        targets[key] = replace(t, settings=settings, strength=1.0)
-        tensors |= {f"{key}.lora_A": low.A, f"{key}.lora_B": low.B}
-        if report:
-            lost = math.sqrt(max(0.0, 1 - low.energy))
-            report(Compressed(key, pair.A.shape[-2], low.A.shape[-2], lost))
-    return replace(adapter, targets=targets, tensors=tensors)

@@ -5,6 +5,8 @@ which cannot be taken back by itself: the names of the base say what it was. `lo
 (rank, in, k, k), `lora_up.weight` B (out, rank, 1, 1), `alpha` a number (absent or 0: the rank),
 `lora_mid.weight` (rank, rank, k, k) the core of a convolution's Tucker factors, and `dora_scale`
 DoRA's lengths, (out, 1, ...) or (1, in). LyCORIS writes its LoCon so, too, under `lycoris_`.
+
+It is one file, however long: what is read and what is written are the same names and shapes.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from lora_param.targets.lora_config import LoraConfig, chosen_by
 from lora_param.targets.options import takes_settings
 from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.regions import Target
-from lora_param.targets.settings import SettingsOptions
+from lora_param.targets.settings import VARIANTS, SettingsOptions
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import dense, logical_dtype, logical_shape
@@ -264,6 +264,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups with a learning rate `ratio` times as high for B as for the rest.
 
+    B is what leads from the rank to the output: of MiSS, M.
+
     LoRA+, Hayou et al. 2024, https://arxiv.org/abs/2402.12354, §4.
 
     Example:
@@ -274,11 +276,13 @@ def param_groups(
     found = own_sites(sites(model, adapter))
     if not found:
         raise NoAdapterError(adapter, [])
-    named = [item for s in found for item in s.lora.named_parameters()]
-    return [
-        {"params": [p for n, p in named if n != "lora_B"], "lr": lr},
-        {"params": [p for n, p in named if n == "lora_B"], "lr": lr * ratio},
-    ]
+    groups: list[dict[str, Any]] = [{"params": [], "lr": lr}, {"params": [], "lr": lr * ratio}]
+    for site in found:
+        axes = VARIANTS[site.lora.settings.variant]
+        for name, parameter in site.lora.named_parameters():
+            is_B = {"out", "rank"} == set(axes[name].split())
+            groups[is_B]["params"].append(parameter)
+    return groups
 
 
 def remove(model: Model, adapter: str | None = None) -> Model:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_param.adapter import check_name
 from lora_param.errors import NoAdapterError, NoMatchError, OptionError, WrappedModelError
-from lora_param.model.attach import Site, base_of, chain_of, sites_of
+from lora_param.model.attach import Site, sites_of
+from lora_param.model.chains import base_of, chain_of
 from lora_param.model.lora import LoRA
 from lora_param.model.weights import as_module
 from lora_param.targets.matching import match_targets

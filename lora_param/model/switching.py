@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from lora_param.errors import OptionError
-from lora_param.model.attach import chain_of
 from lora_param.model.cache import keeping
+from lora_param.model.chains import chain_of
 from lora_param.model.held import hold, switch_lora
 from lora_param.model.sites import Patterns, chosen_loras, sites
 

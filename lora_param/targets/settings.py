@@ -25,6 +25,7 @@ __all__ = [
     "Setting",
     "Settings",
     "SettingsOptions",
+    "axes_of",
     "parse_init",
     "scale_of",
 ]
@@ -56,6 +57,16 @@ FROM_WEIGHT = ("pissa", "olora")
 
 INITIAL = {"initial_A": "lora_A", "initial_B": "lora_B"}
 """The tensors of that pair, and the factor that each is the beginning of."""
+
+
+def axes_of(variant: str) -> dict[str, str]:
+    """Every tensor that a target of this variant may have, with its axes: what trains comes first.
+
+    >>> axes_of("lora")["initial_B"]
+    'out rank'
+    """
+    trained = VARIANTS[variant]
+    return {**trained, **{i: trained[f] for i, f in INITIAL.items() if f in trained}}
 
 
 def scale_of(alpha: float, rank: int, scaling: str) -> float:
@@ -226,8 +237,7 @@ class Settings:
     def capped(self, matrix: tuple[int, ...]) -> Settings:
         """What fits a target of shape (out, in), or (E, out, in): a rank of at most min(out, in).
 
-        More would add parameters and nothing else. The scale stays the one that was asked for; it
-        is written down as itself where alpha/rank of this rank rounds to another number.
+        More would add parameters and nothing else. The scale stays the one that was asked for.
 
         >>> Settings(rank=8).capped((2, 16))
         Settings(rank=2, alpha=4.0)
@@ -235,10 +245,18 @@ class Settings:
         limit = min(matrix[-2:])
         if self.rank <= limit:
             return self
-        alpha = self.scale * limit
-        if alpha / limit == self.scale:
-            return replace(self, rank=limit, alpha=alpha, scaling="standard")
-        return replace(self, rank=limit, alpha=self.scale, scaling="constant")
+        return self.at(limit, self.scale)
+
+    def at(self, rank: int, scale: float) -> Settings:
+        """The same with another rank and scale, written as alpha/rank where that does not round.
+
+        >>> Settings().at(4, 0.5)
+        Settings(rank=4, alpha=2.0)
+        """
+        alpha = scale * rank
+        if alpha / rank == scale:
+            return replace(self, rank=rank, alpha=alpha, scaling="standard")
+        return replace(self, rank=rank, alpha=scale, scaling="constant")
 
     def shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of what trains on a target of shape (out, in), or (E, out, in) for a stack.
@@ -255,7 +273,11 @@ class Settings:
 
     def fixed_shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of what is kept beside it and never trains: the initial pair, or nothing."""
-        shapes = self.shapes(matrix) if self.init in FROM_WEIGHT else {}
+        return self.initial_shapes(matrix) if self.init in FROM_WEIGHT else {}
+
+    def initial_shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the initial pair of a variant that may have one."""
+        shapes = self.shapes(matrix)
         return {name: shapes[factor] for name, factor in INITIAL.items() if factor in shapes}
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import lora_param as lp
 from lora_param.adapter import Adapter
-from lora_param.arithmetic.combine import METHODS, Compressed, combine, resize
+from lora_param.arithmetic.combine import METHODS, Compressed, combine
+from lora_param.arithmetic.resize import resize
 from lora_param.errors import MismatchError, OptionError, OverlapError, VariantError
 
 

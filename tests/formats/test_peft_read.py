@@ -131,7 +131,7 @@ def test_the_two_eras_of_a_square_stack_are_told_apart_by_the_version(
 
 
 def test_a_square_stack_in_a_file_is_asked_for_and_the_older_era_is_not(tmp_path: Path) -> None:
-    """A file does not tell whether the module is transposed; before 0.19.1 PEFT did not ask it."""
+    """A file does not say whether the module is transposed; before 0.19.1 PEFT did not ask it."""
     case = CASES["stacks-6x6-transposed"]
     config = {**case.config, "target_parameters": ["experts.up"]}
     base = tmp_path / "base.pt"

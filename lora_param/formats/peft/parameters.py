@@ -128,7 +128,7 @@ def _order(
         raise UnsettledError(
             str(reading.source.path),
             full,
-            "which of its layers is of which of them, since their shapes are alike",
+            "which of its layers belongs to which weight, since their shapes are alike",
             f"give the live model ({worded('base=model', 'python:...')}), which has them in order, "
             f"or where they are not square {by_layout()}",
         )

@@ -224,7 +224,7 @@ def _registered(adapter: Adapter, names: list[str]) -> list[str]:
         adapter.source,
         names,
         "in which order their module has them, which PEFT's keys depend on",
-        f"give the live model ({worded('base=model', '--base python:module:callable')}), which tells",
+        f"give the live model ({worded('base=model', '--base python:module:callable')})",
     )
 
 
