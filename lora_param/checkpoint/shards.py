@@ -65,12 +65,10 @@ class DirectoryCheckpoint(Checkpoint):
         self.key = next((p.key for p in self.parts.values()), "")
 
     @property
-    def model_type(self) -> str | None:
-        """The config's model_type."""
+    def config(self) -> Mapping[str, Any]:
+        """The directory's config.json."""
         path = self.path / "config.json"
-        config = load_json(path) if path.is_file() else {}
-        kind = config.get("model_type")
-        return kind if isinstance(kind, str) else None
+        return load_json(path) if path.is_file() else {}
 
     def _describe(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
