@@ -547,8 +547,8 @@ class ResumeError(AdapterError):
     def __init__(self, name: str, here: str, there: str) -> None:
         super().__init__(
             f"the state dict was saved on another base: the frozen weight of {name} has the "
-            f"fingerprint {there!r} there, and {here!r} in this model. Load the base that it was trained on, "
-            f"apply the adapter, then resume."
+            f"fingerprint {there!r} there, and {here!r} in this model. Load the base that it was "
+            f"trained on, apply the adapter, then resume."
         )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lora_param.errors import OptionError
 from lora_param.targets.weights import Weight, canonical_name
@@ -11,7 +11,7 @@ from lora_param.targets.weights import Weight, canonical_name
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["as_module", "buffers_of", "weights_of"]
+__all__ = ["as_module", "buffers_of", "config_of", "weights_of"]
 
 
 def as_module(model: object) -> torch.nn.Module:
@@ -25,6 +25,13 @@ def as_module(model: object) -> torch.nn.Module:
     if not isinstance(model, nn.Module):
         raise OptionError("model", model, "a torch.nn.Module")
     return model
+
+
+def config_of(model: torch.nn.Module) -> Mapping[str, Any]:
+    """What the config of a model of transformers says; empty for others."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    found = to_dict() if callable(to_dict) else {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
