@@ -32,9 +32,8 @@ from lora_param.formats import (
     toggle_file,
     write_adapter,
 )
-from lora_param.formats.kohya import LAYERS as KOHYA_LAYERS
+from lora_param.formats.base import Format
 from lora_param.formats.peft.kinds import kinds_of
-from lora_param.formats.portable import SERVED
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.stats import Stats
@@ -472,7 +471,7 @@ def convert(
     def written(record: Adapter, host: Host | None) -> Adapter:
         record.check_finite()
         if lossy:
-            record = _nearest(record, to, host, rank, report)
+            record = _nearest(record, written_as, host, rank, report)
         write_adapter(record, out, to, force=force, sync=sync)
         unsaid = written_as.unsaid(record)
         return replace(record, notes=(*record.notes, unsaid)) if unsaid else record
@@ -498,19 +497,19 @@ def _at_hand(record: Adapter, host: Host) -> Adapter:
 
 def _nearest(
     record: Adapter,
-    to: str,
+    to: Format,
     host: Host | None,
     rank: int | None,
     report: Callable[[Compressed], None] | None,
 ) -> Adapter:
     """What a format has a form for; all of it where nothing is lost."""
-    if rank is None and to not in ("portable", "kohya"):
+    layers = to.layers
+    if rank is None and layers is None:
         return record
-    kinds = kinds_of(record) if to in ("portable", "kohya") else {}
-    served = SERVED if to == "portable" else KOHYA_LAYERS if to == "kohya" else None
+    kinds = {} if layers is None else kinds_of(record)
 
     def has_form(t: AdapterTarget) -> bool:
-        return served is None or kinds.get(t.target.name) in served
+        return layers is None or kinds.get(t.target.name) in layers
 
-    exact = (*PLAIN, "dora", "dora_columns") if to == "kohya" else PLAIN
+    exact = (*PLAIN, *to.variants)
     return approximate(record, host, has_form, exact=exact, rank=rank, report=report)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_param.adapter import Adapter
+from lora_param.adapter import Adapter, Layer
 
 __all__ = ["LAYOUTS", "Format", "Read", "Write"]
 
@@ -49,6 +49,9 @@ class Format:
         takes: what its files leave open and `read` may be told beside the layout: "alpha",
             "enable_lora".
         unsaid: what a file of this adapter does not say, to be told to whoever wrote it, or "".
+        layers: the kinds of layer that it has a form for, where it does not keep all; `convert`
+            with `lossy` leaves the others out.
+        variants: what it keeps, beside plain A and B, of adapters that it does not keep whole.
     """
 
     name: str
@@ -57,3 +60,5 @@ class Format:
     write: Write
     takes: tuple[str, ...] = ()
     unsaid: Callable[[Adapter], str] = lambda _: ""
+    layers: tuple[Layer, ...] | None = None
+    variants: tuple[str, ...] = ()

@@ -386,4 +386,6 @@ def _told(tensors: Mapping[str, Any]) -> dict[str, str]:
     return _METADATA | told | {"ss_network_dim": one(ranks), "ss_network_alpha": one(alphas)}
 
 
-FORMAT = Format("kohya", _recognise, _read, _write)
+FORMAT = Format(
+    "kohya", _recognise, _read, _write, layers=LAYERS, variants=("dora", "dora_columns")
+)

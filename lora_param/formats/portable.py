@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_param.adapter import Adapter, AdapterTarget
+from lora_param.adapter import Adapter, AdapterTarget, Layer
 from lora_param.errors import NoFormError, UnsettledError, worded
 from lora_param.formats.base import Format
 from lora_param.formats.peft.encode import Pair, pair_of
@@ -28,9 +28,9 @@ from lora_param.targets.settings import FROM_WEIGHT, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "SERVED", "portable"]
+__all__ = ["FORMAT", "SERVED_RANKS", "portable"]
 
-SERVED = ("linear", "conv1d")
+_SERVED: tuple[Layer, ...] = ("linear", "conv1d")
 """The kinds of layer that servers have factors for."""
 
 SERVED_RANK = 16
@@ -55,7 +55,7 @@ def portable(adapter: Adapter) -> Adapter:
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}
     for key, t in adapter.targets.items():
-        if kinds[t.target.name] not in SERVED:
+        if kinds[t.target.name] not in _SERVED:
             why = f"of a layer of kind {kinds[t.target.name]}, and servers take linear layers alone"
             raise NoFormError(adapter.source, key, why, _instead())
         of_weight.setdefault(t.target.name, []).append(key)
@@ -148,5 +148,5 @@ def _unsaid(adapter: Adapter) -> str:
     )
 
 
-FORMAT = Format("portable", lambda _: False, read_peft, _write, unsaid=_unsaid)
+FORMAT = Format("portable", lambda _: False, read_peft, _write, unsaid=_unsaid, layers=_SERVED)
 """No path is recognised as this format: what was written is PEFT's, and is read so."""
