@@ -414,7 +414,8 @@ def convert(
 
     Args:
         adapter: a record, or the path of one in any format that `read_adapter` takes.
-        to: a name of `FORMATS`: "native", "peft", "portable" (what every server takes), "kohya".
+        to: a name of `FORMATS`: "native", "peft", "portable" (what every server takes), "kohya",
+            "lycoris" (kohya's form, with what LyCORIS has beside LoRA).
         out: the file to write, for "peft" and "portable" the directory.
         base: the model or the checkpoint that it is for. A file of another tool leaves open what
             only the base tells, such as how it stores its weights; PEFT's depends on its layers.

@@ -334,7 +334,8 @@ def convert(
         ),
     ],
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="native, peft, portable or kohya.")
+        str,
+        typer.Option("--to", metavar="FORMAT", help="native, peft, portable, kohya or lycoris."),
     ],
     output: Annotated[
         Path,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_param.adapter import Adapter
 from lora_param.errors import MissingFileError, NoFormError, OptionError
-from lora_param.formats import kohya, native, peft, portable
+from lora_param.formats import kohya, lycoris, native, peft, portable
 from lora_param.formats.base import Format
 from lora_param.formats.native import check_adapter_name
 from lora_param.formats.unknown import ACCEPTED, unknown_adapter
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 FORMATS: dict[str, Format] = {
-    f.name: f for f in (native.FORMAT, peft.FORMAT, portable.FORMAT, kohya.FORMAT)
+    f.name: f for f in (native.FORMAT, peft.FORMAT, portable.FORMAT, kohya.FORMAT, lycoris.FORMAT)
 }
 """Name → format, in the order in which they are tried."""
 
