@@ -239,12 +239,12 @@ def _lora(m: Module) -> Part:
         over, columns = lengths_of(m.source, m.keys[MAGNITUDE], size, m.W or shape)
         makers["magnitude"] = m.shaped(MAGNITUDE, math.prod(size))
     variant = {"": "lora", "rows": "dora", "columns": "dora_columns"}[over]
-    form = f"kernel={columns}" if columns > 1 else ""
+    form = f"kernel{columns}" if columns > 1 else ""
     if mid is not None:
         makers["lora_down"], makers["lora_up"] = makers.pop("lora_A"), makers.pop("lora_B")
         makers["lora_mid"] = m.shaped(_MID, *mid[:2], math.prod(mid[2:]))
         variant = "tucker"
-        form = "+".join(filter(None, [over, f"kernel={math.prod(mid[2:])}"]))
+        form = "+".join(filter(None, [over, f"kernel{math.prod(mid[2:])}"]))
     rank, alpha, strength = m.scaled(down[0])
     return Part(
         "weight", shape, Settings(rank, alpha, variant=variant, form=form), strength, makers
@@ -349,7 +349,7 @@ def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, s
         else:
             first = check_whole(adapter, keys, tool)
             own = {n: x.detach().cpu() for n, x in adapter.factors(keys[0]).items()}
-            found, alpha = encode(first, own, shape, _is_norm(adapter, name))
+            found, alpha = _with_scale(first, encode(first, own, shape, _is_norm(adapter, name)))
         if alpha is not None:
             number = _written(told.get("numbers", {}), _weight_of(name), alpha, found)
             found |= {} if number is None else {NUMBER: number}
@@ -365,6 +365,25 @@ def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, s
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _with_scale(
+    t: AdapterTarget, found: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], float | None]:
+    """LyCORIS' tensors, and the alpha that goes with them; two whole matrices have no scale."""
+    import torch
+
+    if t.settings.variant == "diff":
+        return found, None
+    if t.settings.variant in ("oft", "boft"):
+        return found, t.settings.alpha if "constrained" in t.settings.parsed_form.words else 0.0
+    factor = t.scale * t.strength
+    if not {"lokr_w1", "lokr_w2"} <= set(found):
+        return found, exact_alpha(factor, t.settings.rank)
+    if factor != 1:
+        wide = torch.promote_types(found["lokr_w1"].dtype, torch.float32)
+        found["lokr_w1"] = found["lokr_w1"].to(wide) * factor
+    return found, 1.0
 
 
 def _weight_of(name: str) -> str:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from lora_param.adapter import AdapterTarget
 from lora_param.errors import BrokenFileError, NoFormError
-from lora_param.formats.peft.patterns import exact_alpha
 from lora_param.targets.settings import Settings
 
 if TYPE_CHECKING:
@@ -188,7 +187,7 @@ def _form(m: Module, words: list[str], shape: tuple[int, ...], kernel: int) -> s
         over, own = lengths_of(m.source, m.keys[MAGNITUDE], m.sizes[MAGNITUDE], shape)
         words = [*words, over]
         kernel = max(kernel, own)
-    return "+".join(words + ([f"kernel={kernel}"] if kernel > 1 else []))
+    return "+".join(words + ([f"kernel{kernel}"] if kernel > 1 else []))
 
 
 def _kernel(m: Module, suffix: str) -> tuple[int, ...]:
@@ -239,7 +238,7 @@ def _lokr(m: Module) -> list[Part]:
     of_rank = "lokr_w2_b" if not full else "lokr_w1_b" if both else ""
     rank, alpha, strength = m.scaled(m.sizes[of_rank][0] if of_rank else 0)
     words = [w for w, on in (("both", both), ("full", full), ("tucker", tucker)) if on]
-    form = "+".join(filter(None, [_form(m, words, shape, kernel), f"left={left[0]}x{left[1]}"]))
+    form = "+".join(filter(None, [_form(m, words, shape, kernel), f"left{left[0]}x{left[1]}"]))
     settings = Settings(rank, alpha, variant="lokr", form=form)
     return [m.part(shape, settings, strength, names)]
 
@@ -266,7 +265,7 @@ def _oft(m: Module) -> list[Part]:
     words = [
         *(["constrained"] if constraint > 0 else []),
         *(["rescale"] if "rescale" in m.keys else []),
-        *([f"stages={blocks[0]}"] if len(blocks) == 4 else []),
+        *([f"stages{blocks[0]}"] if len(blocks) == 4 else []),
     ]
     settings = Settings(
         blocks[-1],
@@ -285,47 +284,37 @@ def _oft(m: Module) -> list[Part]:
 
 def encode(
     t: AdapterTarget, tensors: Mapping[str, Tensor], shape: tuple[int, ...], of_norm: bool
-) -> tuple[dict[str, Tensor], float | None]:
-    """A target's tensors by their suffixes, and its alpha, None where it has none.
+) -> dict[str, Tensor]:
+    """A target's tensors by their suffixes.
 
     Args:
-        t: of one of the kinds here, of a whole weight or bias at strength 1 or -1.
+        t: of one of the kinds here, or of Tucker's form, of a whole weight or bias.
         tensors: its own.
         shape: of the weight or bias.
         of_norm: its module is a norm.
     """
-    import torch
-
-    settings, kernel = t.settings, shape[2:]
-    ones = (1,) * (len(shape) - 2)
-    if settings.variant == "diff":
+    kernel, ones = shape[2:], (1,) * (len(shape) - 2)
+    if t.settings.variant == "diff":
         leaf = t.target.name.rpartition(".")[2]
         suffix = next(s for s, of in _DIFFS.items() if of == leaf and s.endswith("norm") == of_norm)
         factor = t.scale * t.strength
         diff = tensors["diff"] if factor == 1 else tensors["diff"] * factor
-        return {suffix: diff.reshape(shape).contiguous()}, None
-    found = {n: x for n, x in tensors.items() if n != "magnitude"}
-    for name, x in found.items():
-        if "_t" in name or name == "lora_mid":
+        return {suffix: diff.reshape(shape).contiguous()}
+    found: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        if name == "magnitude":
+            over_rows = "rows" in t.settings.parsed_form.words
+            found[MAGNITUDE] = x.reshape((-1, 1, *ones) if over_rows else (1, -1, *ones))
+        elif "_t" in name:
             found[name] = x.reshape(*x.shape[:2], *kernel)
         elif name == "lokr_w2":
             found[name] = x.reshape(x.shape[0], -1, *kernel)
         elif name == "rescale":
             found[name] = x.reshape(-1, *(1,) * (len(shape) - 1))
+        elif name == "lora_mid":
+            found["lora_mid.weight"] = x.reshape(*x.shape[:2], *kernel)
         elif name in ("lora_down", "lora_up"):
-            found[name] = x.reshape(*x.shape, *ones)
-    if settings.variant == "tucker":
-        found = {f"{n}.weight": x for n, x in found.items()}
-    if "magnitude" in tensors:
-        over_rows = "rows" in settings.parsed_form.words
-        size = (-1, 1, *ones) if over_rows else (1, -1, *ones)
-        found[MAGNITUDE] = tensors["magnitude"].reshape(size)
-    if settings.variant in ("oft", "boft"):
-        limit = settings.alpha if "constrained" in settings.parsed_form.words else 0.0
-        return {n: x.contiguous() for n, x in found.items()}, limit
-    whole = settings.variant == "lokr" and {"lokr_w1", "lokr_w2"} <= set(found)
-    if whole and (factor := t.scale * t.strength) != 1:  # such a file has no scale
-        wide = torch.promote_types(found["lokr_w1"].dtype, torch.float32)
-        found["lokr_w1"] = found["lokr_w1"].to(wide) * factor
-    alpha = 1.0 if whole else exact_alpha(t.scale * t.strength, settings.rank)
-    return {n: x.contiguous() for n, x in found.items()}, alpha
+            found[f"{name}.weight"] = x.reshape(*x.shape, *ones)
+        else:
+            found[name] = x
+    return {n: x.contiguous() for n, x in found.items()}

@@ -2,12 +2,13 @@
 
 Some variants come in several forms: the two matrices of LoKr are whole or of two factors each, the
 kernel of a convolution has factors of its own (Tucker's form), lengths of rows or of columns come
-on top (DoRA). A form is text, words and sizes joined by `+`, such as `full+left=8x4`.
+on top (DoRA). A form is text, words and sizes joined by `+`, such as `full+left8x4`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -51,6 +52,7 @@ FORMS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 takes away those without axes, or gives them other ones."""
 
 _SIZES = ("kernel", "left", "stages", "terms")
+_ITEM = re.compile(r"([a-z]+)((?:[0-9]+(?:x[0-9]+)*)?)")  # a word, or a size with its numbers
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Form:
 
     def __str__(self) -> str:
         """As it is written, in the order of the variant's words."""
-        sizes = [f"{n}={'x'.join(map(str, self.sizes[n]))}" for n in _SIZES if n in self.sizes]
+        sizes = [f"{n}{'x'.join(map(str, self.sizes[n]))}" for n in _SIZES if n in self.sizes]
         return "+".join([*sorted(self.words), *sizes])
 
 
@@ -87,23 +89,22 @@ class Form:
 def parse_form(variant: str, text: str) -> Form | None:
     """Read a form; None where the variant has none such.
 
-    >>> parse_form("lokr", "full+left=8x4").sizes["left"]
+    >>> parse_form("lokr", "full+left8x4").sizes["left"]
     (8, 4)
     """
     known = FORMS.get(variant, {})
     words: set[str] = set()
     sizes: dict[str, tuple[int, ...]] = {}
     for item in text.split("+") if text else ():
-        name, equals, numbers = item.partition("=")
-        values = numbers.split("x")
-        fits = name in known and bool(equals) == (name in _SIZES)
-        if equals and fits:
-            fits = all(v.isdecimal() and int(v) > 0 for v in values)
-            fits = fits and len(values) == (2 if name == "left" else 1) and name not in sizes
-        if not fits:
+        found = _ITEM.fullmatch(item)
+        if found is None or found[1] not in known or (found[1] in sizes):
             return None
-        if equals:
-            sizes[name] = tuple(int(v) for v in values)
+        name, values = found[1], tuple(int(n) for n in found[2].split("x") if n)
+        wanted = 0 if name not in _SIZES else 2 if name == "left" else 1
+        if len(values) != wanted or 0 in values:
+            return None
+        if values:
+            sizes[name] = values
         else:
             words.add(name)
     if {"rows", "columns"} <= words or {"full", "tucker"} <= words:

@@ -231,7 +231,7 @@ class Settings:
     form: str = _setting(
         "",
         "Of variants that come in several forms: words and sizes joined by +. lokr takes both (its "
-        "first matrix of two factors, too), full (its second one whole) and left=AxB (the shape of "
+        "first matrix of two factors, too), full (its second one whole) and leftAxB (the shape of "
         "the first); loha and lokr take rows or columns (DoRA's lengths).",
         "words and sizes of the variant, joined by +",
         str.isascii,

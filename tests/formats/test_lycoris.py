@@ -225,7 +225,7 @@ def test_parts_and_other_layers_have_no_form_there(tmp_path: Path) -> None:
 def test_what_was_trained_here_is_written_for_lycoris(variant: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.ModuleDict({"fc": nn.Linear(6, 8), "conv": nn.Conv2d(4, 6, 3)})
-    form = "left=2x2" if variant == "lokr" else ""
+    form = "left2x2" if variant == "lokr" else ""
     lp.apply(net, ["fc", "conv"], rank=2, variant=variant, form=form)
     with torch.no_grad():
         for p in lp.parameters(net):

@@ -3,7 +3,7 @@
 W' = V ∘ m / ‖V‖ with V = W + scale·(B @ A), the norms being those of V's columns. It is DoRA (see
 `dora`) of a weight that is stored as (in, out), as an embedding or transformers' Conv1D has it.
 The factor of a column has no place in the normal form: the weight is built. On a convolution, in
-the form `kernel=NUMBER`, the length is that of an input with its whole kernel.
+the form `kernel9` of its elements, the length is that of an input with its whole kernel.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_param.weight.variants.base import Fresh, Tensors, product
 from lora_param.weight.variants.composed import Composed, unfold_kernel
 
-__all__ = ["VARIANT"]
+__all__ = ["VARIANT", "whole"]
 
 _Factors = tuple[Tensor, Tensor]
 
@@ -26,7 +26,7 @@ class _LoKr(Composed):
         return {**found, zero: make.zeros(zero), **self.lengths(make)}
 
     def made(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        w1, w2 = (_whole(*_halves(tensors, i, dtype), dtype) for i in "12")
+        w1, w2 = (whole(tensors, i, dtype) for i in "12")
         return _kron(w1, w2)
 
     def factors(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,9 @@ def _halves(tensors: Tensors, which: str, dtype: torch.dtype) -> tuple[Tensor, T
     return (a, b) if core is None else (a.mT, unfold_kernel(core, b, dtype))
 
 
-def _whole(a: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+def whole(tensors: Tensors, which: str, dtype: torch.dtype) -> Tensor:
+    """w1 or w2, multiplied out. (*, rows, columns)"""
+    a, b = _halves(tensors, which, dtype)
     return a.to(dtype) if b is None else product(b, a, 1.0, dtype)
 
 
