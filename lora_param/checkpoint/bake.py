@@ -18,14 +18,23 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.chunks import write_distributed
+from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
-from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
+from lora_param.checkpoint.measures import BakedTarget
+from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.original import advice, quantization_errors
 from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
+from lora_param.checkpoint.plan import plan_merging
 from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
-from lora_param.checkpoint.reread import verify_directory, verify_file, verify_quantized
+from lora_param.checkpoint.reread import (
+    verify_directory,
+    verify_distributed,
+    verify_file,
+    verify_quantized,
+)
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
 from lora_param.checkpoint.unpacking import (
@@ -73,6 +82,7 @@ _UNITS = {
     for b in ("", "B")
 }
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
+_DIRECTORIES = (DirectoryCheckpoint, DistributedCheckpoint)
 _LEAST = 0.5  # of an update that has to be left of it where it is quantized
 
 
@@ -261,6 +271,8 @@ def bake_adapters(
                 options.max_shard_size,
                 "None: the base is no directory of safetensors that are stored as they are",
             )
+        if dtype is not None and isinstance(checkpoint, DistributedCheckpoint):
+            raise OptionError("dtype", str(dtype), "None: a distributed checkpoint keeps its own")
         form, errors = _form(checkpoint, options), dict[str, float]()
         with one_thread():
             merging = plan_merging(
@@ -346,7 +358,7 @@ def _check_place(
     place: Path,
     options: BakeOptions,
 ) -> None:
-    in_place, directory = options.in_place, isinstance(checkpoint, DirectoryCheckpoint)
+    in_place, directory = options.in_place, isinstance(checkpoint, _DIRECTORIES)
     real = check_output(place, force=options.force or in_place, directory=directory)
     for adapter, _ in adapters:
         source = Path(os.path.realpath(adapter.source))  # of one in memory, no path at all
@@ -419,16 +431,20 @@ def _write(
         if progress is not None:
             progress(min(done, total), total, name)
 
-    if isinstance(_stored(base), DirectoryCheckpoint):
+    if isinstance(_stored(base), _DIRECTORIES):
         with replace_directory(place, force=force, sync=sync, replaces=replaces) as temporary:
             if isinstance(base, DirectoryCheckpoint):
                 files = write_directory(merging, base, temporary, tick)
+            elif isinstance(base, DistributedCheckpoint):
+                files = write_distributed(merging, base, temporary, tick)
             else:
                 files = write_quantized_directory(merging, *_packed(base, form), temporary, tick)
             _check_result(merging, options, form)
             size = sum((temporary / name).stat().st_size for name in files)
             if options.verify and form is not None:
                 verify_quantized(merging, *_packed(base, form), temporary, tick)
+            elif options.verify and isinstance(base, DistributedCheckpoint):
+                verify_distributed(merging, base, temporary, tick)
             elif options.verify:
                 assert isinstance(base, DirectoryCheckpoint)
                 verify_directory(merging, base, temporary, tick)
