@@ -44,6 +44,8 @@ from lora_param.formats.lycoris_kinds import (
 from lora_param.formats.peft.encode import Pair, check_whole, is_lora, pair_of
 from lora_param.formats.peft.kinds import kinds_of, split_name
 from lora_param.formats.peft.patterns import exact_alpha
+from lora_param.names.flat import flattened
+from lora_param.names.table import default_names
 from lora_param.targets.regions import Target
 from lora_param.targets.settings import Settings
 
@@ -57,9 +59,9 @@ LAYERS: tuple[Layer, ...] = ("linear", "conv")
 
 _COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "lora_unet_": ("unet.", "transformer.", "model.diffusion_model.", "diffusion_model."),
-    "lora_te_": ("text_encoder.", "cond_stage_model.transformer."),
+    "lora_te_": ("text_encoder.", "cond_stage_model.transformer.", "cond_stage_model.model."),
     "lora_te1_": ("text_encoder.", "conditioner.embedders.0.transformer."),
-    "lora_te2_": ("text_encoder_2.",),
+    "lora_te2_": ("text_encoder_2.", "conditioner.embedders.1.model."),
     "lora_te3_": ("text_encoder_3.",),
     "lycoris_": (),
 }
@@ -134,10 +136,11 @@ def _settle(file: SafetensorsFile, modules: list[_Module], host: Host | None) ->
     differing = []
     for module in modules:
         weight = names[module.name]
-        for part in _parts(file, module, None if host is None else host.weights[weight].shape):
-            name = weight if part.leaf == "weight" else f"{split_name(weight)[0]}.{part.leaf}"
+        own = None if host is None else host.weights.get(weight)
+        for part in _parts(file, module, None if own is None else own.shape):
+            name = f"{weight.removesuffix('weight')}{part.leaf}"
             W = None if host is None else host.weights.get(name)
-            if host is not None and (W is None or not part.fits(W.shape)):
+            if (W and not part.fits(W.shape)) or (own and not W):
                 theirs = f"is {W.shape}" if W else "is not there"
                 differing.append(f"{name} {theirs}, the adapter's tensors are for {part.shape}")
                 continue
@@ -253,18 +256,17 @@ def _lora(m: Module) -> Part:
 
 def _resolved(file: SafetensorsFile, modules: list[_Module], host: Host) -> dict[str, str]:
     """Lora name → the base's weight whose name, flattened, it is; exactly one, or an error."""
-    flat: dict[str, list[str]] = {}
-    for weight in host.weights:
-        path, leaf = split_name(weight)
-        if leaf == "weight":
-            flat.setdefault(path.replace(".", "_"), []).append(weight)
+    flat, others = flattened(host.weights, host.names or default_names())
     found: dict[str, str] = {}
     lost, unclear = [], []
     for module in modules:
         prefix = _prefix(module.name)
         rest = module.name.removeprefix(prefix)
         starts = [p.replace(".", "_") for p in _COMPONENTS[prefix]]
-        hits = [w for start in ("", *starts) for w in flat.get(start + rest, [])]
+        wanted = [start + rest for start in ("", *starts)]
+        hits = [w for n in wanted for w in flat.get(n, [])]
+        if not hits:  # under the name that another tool has for it
+            hits = list(dict.fromkeys(w for n in wanted for w in others.get(n, [])))
         if len(hits) == 1:
             found[module.name] = hits[0]
         elif hits:
@@ -388,7 +390,7 @@ def _with_scale(
 
 def _weight_of(name: str) -> str:
     """The weight of the module that a bias is of."""
-    return f"{split_name(name)[0]}.weight" if split_name(name)[0] else "weight"
+    return f"{name.removesuffix('bias')}weight" if name.endswith("bias") else name
 
 
 def _is_norm(adapter: Adapter, name: str) -> bool:
