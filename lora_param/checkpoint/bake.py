@@ -14,6 +14,8 @@ from typing import get_args
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.baked import BakeReport, notes_of
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.chunks import write_distributed
+from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.module import ModuleCheckpoint
@@ -26,10 +28,22 @@ from lora_param.checkpoint.output import (
     write_file,
     write_state_dict,
 )
-from lora_param.checkpoint.places import check_place, has_shards, held, place_of, stored_in
+from lora_param.checkpoint.places import (
+    check_place,
+    has_shards,
+    held,
+    is_directory,
+    place_of,
+    stored_in,
+)
 from lora_param.checkpoint.plan import plan_merging
 from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
-from lora_param.checkpoint.reread import verify_directory, verify_file, verify_quantized
+from lora_param.checkpoint.reread import (
+    verify_directory,
+    verify_distributed,
+    verify_file,
+    verify_quantized,
+)
 from lora_param.checkpoint.resuming import JOURNAL, Leftovers, mark_of
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.checkpoint.unpacking import (
@@ -93,6 +107,8 @@ def bake_adapters(
                 options.max_shard_size,
                 "None: the base is no directory of safetensors that are stored as they are",
             )
+        if dtype is not None and isinstance(checkpoint, DistributedCheckpoint):
+            raise OptionError("dtype", str(dtype), "None: a distributed checkpoint keeps its own")
         form, errors = _form(checkpoint, options), dict[str, float]()
         with one_thread():
             merging = plan_merging(
@@ -162,7 +178,7 @@ def _write(
         if progress is not None:
             progress(min(done, total), total, name)
 
-    live, directory = isinstance(base, ModuleCheckpoint), _is_directory(base)
+    live, directory = isinstance(base, ModuleCheckpoint), is_directory(stored_in(base))
     left = Leftovers("" if live else mark_of(merging, options, form))
     with replace_in_steps(
         place,
@@ -183,6 +199,8 @@ def _write(
         size = sum(p.stat().st_size for p in (out, *out.rglob("*")) if p.is_file())
         if options.verify and form is not None:
             verify_quantized(merging, *_packed(base, form), out, tick)
+        elif options.verify and isinstance(base, DistributedCheckpoint):
+            verify_distributed(merging, base, out, tick)
         elif options.verify and isinstance(base, DirectoryCheckpoint):
             verify_directory(merging, base, out, tick)
         elif options.verify:
@@ -192,15 +210,13 @@ def _write(
     return files, size, [left.note(merging.resumed, size)] if options.resume else []
 
 
-def _is_directory(base: Checkpoint) -> bool:
-    return isinstance(stored_in(base), DirectoryCheckpoint)
-
-
 def _write_directory(merging: Merging, out: Path, form: Form | None, tick: Progress) -> list[str]:
     """Write a directory; the names of its files."""
     out.mkdir(exist_ok=True)
     if isinstance(merging.base, DirectoryCheckpoint):
         return write_directory(merging, merging.base, out, tick)
+    if isinstance(merging.base, DistributedCheckpoint):
+        return write_distributed(merging, merging.base, out, tick)
     return write_quantized_directory(merging, *_packed(merging.base, form), out, tick)
 
 

@@ -26,7 +26,7 @@ from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, writ
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Progress", "copy_beside", "file_jobs", "write_directory", "write_file"]
+__all__ = ["Progress", "copy_beside", "file_jobs", "link_file", "write_directory", "write_file"]
 __all__ += ["write_state_dict"]
 
 
@@ -187,7 +187,7 @@ def write_directory(
     rewritten = set(base.parts)
     if merging.max_shard_size is not None and base.index is not None:
         rewritten.add(base.index.name)
-    copy_beside(base, out, rewritten)
+    copy_beside(base.path, out, rewritten)
     with ExitStack() as files:
         if merging.max_shard_size is None:
             jobs = _shard_jobs(merging, base, out, files)
@@ -199,14 +199,14 @@ def write_directory(
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
 
 
-def copy_beside(base: DirectoryCheckpoint, out: Path, rewritten: set[str]) -> None:
+def copy_beside(folder: Path, out: Path, rewritten: set[str]) -> None:
     """Copy a directory's files but those that are written anew."""
     try:
         shutil.copytree(
-            base.path,
+            folder,
             out,
             dirs_exist_ok=True,
-            ignore=_ignoring(base.path, rewritten),
+            ignore=_ignoring(folder, rewritten),
             copy_function=_copy_anew,
         )
     except shutil.Error as error:  # a list of (from, to, why)
@@ -233,13 +233,13 @@ def _shard_jobs(
     for name, part in base.parts.items():
         place = out / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if merging.link and is_untouched(merging, part) and _link(Path(part.path), place):
+        if merging.link and is_untouched(merging, part) and link_file(Path(part.path), place):
             continue
         file = files.enter_context(open_placed(place))
         yield from followed(file_jobs(merging, part, file), partial(finish, file, part))
 
 
-def _link(source: Path, place: Path) -> bool:
+def link_file(source: Path, place: Path) -> bool:
     """Make a hard link; False where the file system cannot, or they are of two."""
     try:
         place.hardlink_to(source.resolve())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.options import BakeOptions, PathText
 from lora_param.checkpoint.pickle import SUFFIXES
@@ -19,7 +20,7 @@ from lora_param.errors import FileError, OptionError, OutputError
 from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output
 
-__all__ = ["check_place", "has_shards", "held", "place_of", "stored_in"]
+__all__ = ["check_place", "has_shards", "held", "is_directory", "place_of", "stored_in"]
 
 
 def stored_in(checkpoint: Checkpoint) -> Checkpoint:
@@ -59,7 +60,7 @@ def check_place(
     options: BakeOptions,
 ) -> None:
     """Refuse a place that must not be written, or that is of another kind than the base."""
-    in_place, directory = options.in_place, isinstance(checkpoint, DirectoryCheckpoint)
+    in_place, directory = options.in_place, is_directory(checkpoint)
     real = check_output(place, force=options.force or in_place, directory=directory)
     for adapter, _ in adapters:
         source = Path(os.path.realpath(adapter.source))  # of one in memory, no path at all
@@ -91,6 +92,11 @@ def check_place(
         raise OutputError(place, "the input is a .safetensors file, and so the output: name it so")
     elif not isinstance(checkpoint, SafetensorsCheckpoint) and suffix == ".safetensors":
         raise OutputError(place, "the input is from torch.save, and so the output: name it .pt")
+
+
+def is_directory(checkpoint: Checkpoint) -> bool:
+    """It is a directory, and so is what a bake makes of it."""
+    return isinstance(checkpoint, DirectoryCheckpoint | DistributedCheckpoint)
 
 
 def has_shards(checkpoint: Checkpoint) -> bool:

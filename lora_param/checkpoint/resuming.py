@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_param import __version__
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.options import BakeOptions
 from lora_param.checkpoint.places import stored_in
@@ -87,11 +88,16 @@ def mark_of(merging: Merging, options: BakeOptions, form: str | None) -> str:
 
 def _files(base: Checkpoint) -> Iterator[list[str | int]]:
     """What tells the files of a base from what they were before, or will be after a change."""
-    parts = base.parts.values() if isinstance(base, DirectoryCheckpoint) else [base]
-    for part in parts:
-        path = Path(os.path.realpath(part.path))
+    counts: dict[Path, int] = {}
+    if isinstance(base, DistributedCheckpoint):
+        counts = {base.path / name: _HEAD for name in (".metadata", *base.index.files)}
+    else:
+        parts = base.parts.values() if isinstance(base, DirectoryCheckpoint) else [base]
+        for part in parts:
+            whole = part.header.start if isinstance(part, SafetensorsCheckpoint) else _HEAD
+            counts[Path(part.path)] = whole
+    for path, count in counts.items():
         state = path.stat()
-        count = part.header.start if isinstance(part, SafetensorsCheckpoint) else _HEAD
         with path.open("rb") as file:
             head = hashlib.sha256(file.read(count)).hexdigest()
-        yield [str(path), state.st_size, state.st_mtime_ns, head]
+        yield [os.path.realpath(path), state.st_size, state.st_mtime_ns, head]

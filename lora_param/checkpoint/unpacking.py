@@ -96,7 +96,7 @@ def write_quantized_directory(
     rewritten = set(stored.parts)
     if form == "dense":
         rewritten |= {*SIDE_CONFIGS, *([stored.index.name] if stored.index else [])}
-    copy_beside(stored, out, rewritten)
+    copy_beside(stored.path, out, rewritten)
     with ExitStack() as files:
         run_jobs(_directory_jobs(merging, base, stored, out, files, form), progress)
     if form == "dense":

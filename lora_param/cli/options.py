@@ -13,8 +13,8 @@ __all__ = ["MODEL", "AdapterFile", "AnyBase", "Force", "Json", "Key", "Layout", 
 __all__ += ["NoSync", "Targets", "weighted"]
 
 MODEL = (
-    "A .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory of them, "
-    "or python:package.module:callable."
+    "A .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory of them or a distributed "
+    "checkpoint, or python:package.module:callable."
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
