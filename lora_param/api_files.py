@@ -105,6 +105,7 @@ def bake_checkpoint(
     verify: bool = False,
     require_change: bool = False,
     layout: str | None = None,
+    alpha: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     max_shard_size: int | str | None = None,
     link: bool = False,
@@ -128,7 +129,7 @@ def bake_checkpoint(
         verify: read the result again and compare each tensor, before it takes its place.
         require_change: refuse to write a result in which no element is changed although targets
             are enabled: their updates are zero, or too small for the stored dtype.
-        layout: as for `read_adapter`.
+        layout, alpha: as for `read_adapter`.
         progress: called with bytes done, bytes in all, and the name of what was done.
         max_shard_size: divide the weights of a directory of safetensors anew, into files of at
             most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
@@ -168,15 +169,17 @@ def bake_checkpoint(
         original=original,
         resume=resume,
     )
-    return bake_adapters(base, _pairs(adapters, layout), out, options)
+    return bake_adapters(base, _pairs(adapters, layout, alpha), out, options)
 
 
-def _pairs(adapters: Adapters, layout: str | None) -> list[tuple[Adapter, float]]:
+def _pairs(
+    adapters: Adapters, layout: str | None, alpha: float | None
+) -> list[tuple[Adapter, float]]:
     if isinstance(adapters, str | os.PathLike | Adapter):
         adapters = [adapters]
     items = adapters.items() if isinstance(adapters, Mapping) else adapters
     pairs = (item if isinstance(item, tuple) else (item, 1.0) for item in items)
     return [
-        (a if isinstance(a, Adapter) else read_adapter(a, layout=layout), float(w))
+        (a if isinstance(a, Adapter) else read_adapter(a, layout=layout, alpha=alpha), float(w))
         for a, w in pairs
     ]
