@@ -6,34 +6,44 @@ it: an error, a full disk or a killed process leaves what was there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from lora_param.adapter import Adapter
+from lora_param.checkpoint.baked import BakeReport, notes_of
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.chunks import write_distributed
 from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
-from lora_param.checkpoint.measures import BakedTarget
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.checkpoint.options import BakeOptions, Path_, parse_dtype, parse_size
-from lora_param.checkpoint.original import advice, quantization_errors
-from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
-from lora_param.checkpoint.place import DIRECTORIES, PICKLES, check_place, place_of
+from lora_param.checkpoint.options import BakeOptions, PathText, parse_dtype, parse_size
+from lora_param.checkpoint.original import quantization_errors
+from lora_param.checkpoint.output import (
+    Progress,
+    write_directory,
+    write_file,
+    write_state_dict,
+)
+from lora_param.checkpoint.places import (
+    check_place,
+    has_shards,
+    held,
+    is_directory,
+    place_of,
+    stored_in,
+)
 from lora_param.checkpoint.plan import plan_merging
 from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
-from lora_param.checkpoint.report import BakeReport
 from lora_param.checkpoint.reread import (
     verify_directory,
     verify_distributed,
     verify_file,
     verify_quantized,
 )
-from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
+from lora_param.checkpoint.resuming import JOURNAL, Leftovers, mark_of
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.checkpoint.unpacking import (
     Form,
@@ -41,27 +51,23 @@ from lora_param.checkpoint.unpacking import (
     write_quantized_directory,
     write_quantized_file,
 )
-from lora_param.errors import (
-    OptionError,
-    QuantizationLossError,
-    UnchangedError,
-    worded,
-)
-from lora_param.files.locks import State, locked
-from lora_param.files.writer import replace_directory, replace_file
+from lora_param.errors import OptionError, QuantizationLossError, UnchangedError, worded
+from lora_param.files.journal import Journal
+from lora_param.files.locks import State
+from lora_param.files.placed import open_placed
+from lora_param.files.writer import RESULT, replace_in_steps
 from lora_param.weight.blocks import one_thread
 
 __all__ = ["bake_adapters"]
 
-_DEFAULT = BakeOptions()
 _LEAST = 0.5  # of an update that has to be left of it where it is quantized
 
 
 def bake_adapters(
-    base: Path_,
+    base: PathText,
     adapters: Sequence[tuple[Adapter, float]],
-    out: Path_ | None = None,
-    options: BakeOptions = _DEFAULT,
+    out: PathText | None,
+    options: BakeOptions,
 ) -> BakeReport:
     """Bake adapters into a checkpoint; `lora_param.bake_checkpoint` takes their paths as well.
 
@@ -84,15 +90,15 @@ def bake_adapters(
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
     with (
-        _held(base) if options.in_place else nullcontext() as state,
+        held(base) if options.in_place else nullcontext() as state,
         closing(open_checkpoint(base, options.key)) as checkpoint,
         nullcontext()
         if options.original is None
         else open_checkpoint(options.original) as original,
     ):
         place = place_of(checkpoint, base, out, options.in_place)
-        check_place(_stored(checkpoint), adapters, place, options)
-        if limit is not None and not _has_shards(checkpoint):
+        check_place(stored_in(checkpoint), adapters, place, options)
+        if limit is not None and not has_shards(checkpoint):
             raise OptionError(
                 "max_shard_size",
                 options.max_shard_size,
@@ -106,13 +112,13 @@ def bake_adapters(
                 checkpoint, adapters, dtype=dtype, check_fingerprint=options.check_fingerprint
             )
         merging.exact, merging.link, merging.max_shard_size = options.verify, options.link, limit
-        merging.casts_vectors = not isinstance(_stored(checkpoint), GgufCheckpoint)
+        merging.casts_vectors = not isinstance(stored_in(checkpoint), GgufCheckpoint)
         if isinstance(checkpoint, QuantizedCheckpoint) and form is not None:
             check_form(merging, checkpoint, form)
             if original is not None:
                 errors = quantization_errors(merging, checkpoint, original)
                 merging.exact = True
-        files, size = _write(merging, place, options, state, form)
+        files, size, told = _write(merging, place, options, state, form)
         with one_thread():
             found = merging.rows(errors)
         rows = list(found.values())
@@ -132,15 +138,12 @@ def bake_adapters(
             checkpoint.key,
             options.verify,
             (
-                *_notes(_stored(checkpoint), rows, form, options),
+                *told,
+                *notes_of(stored_in(checkpoint), rows, form, options),
                 *(n for a in merging.adapters for n in a.notes),
             ),
             (form or "") if getattr(checkpoint, "packed", None) else "",
         )
-
-
-def _stored(checkpoint: Checkpoint) -> Checkpoint:
-    return checkpoint.stored if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
 
 
 def _form(checkpoint: Checkpoint, options: BakeOptions) -> Form | None:
@@ -155,26 +158,14 @@ def _form(checkpoint: Checkpoint, options: BakeOptions) -> Form | None:
     return None
 
 
-def _held(base: Path_) -> AbstractContextManager[State | None]:
-    """The lock of what is read and replaced in place: a second bake of it waits for the first."""
-    path = Path(base)
-    return locked(path.parent if path.name.endswith(".index.json") else path)
-
-
-def _has_shards(checkpoint: Checkpoint) -> bool:
-    return isinstance(checkpoint, DirectoryCheckpoint) and all(
-        isinstance(part, SafetensorsCheckpoint) for part in checkpoint.parts.values()
-    )
-
-
 def _write(
     merging: Merging,
     place: Path,
     options: BakeOptions,
     replaces: State | None,
     form: Form | None,
-) -> tuple[list[str], int]:
-    """Write the result; its files' names and their size together."""
+) -> tuple[list[str], int, list[str]]:
+    """Write the result; its files' names, their size together, and notes."""
     base, progress = merging.base, options.progress
     force, sync = options.force or options.in_place, options.sync
     done, total = 0, base.nbytes * (2 if options.verify else 1)
@@ -185,42 +176,61 @@ def _write(
         if progress is not None:
             progress(min(done, total), total, name)
 
-    if isinstance(_stored(base), DIRECTORIES):
-        with replace_directory(place, force=force, sync=sync, replaces=replaces) as temporary:
-            if isinstance(base, DirectoryCheckpoint):
-                files = write_directory(merging, base, temporary, tick)
-            elif isinstance(base, DistributedCheckpoint):
-                files = write_distributed(merging, base, temporary, tick)
+    live, directory = isinstance(base, ModuleCheckpoint), is_directory(stored_in(base))
+    left = Leftovers("" if live else mark_of(merging, options, form))
+    with replace_in_steps(
+        place,
+        directory=directory,
+        force=force,
+        sync=sync,
+        replaces=replaces,
+        resumes=left.fits if options.resume and not live else None,
+    ) as temporary:
+        out = temporary / RESULT
+        with nullcontext() if live else closing(Journal(temporary / JOURNAL, left.mark)) as journal:
+            merging.journal = journal
+            if directory:
+                files = _write_directory(merging, out, form, tick)
             else:
-                files = write_quantized_directory(merging, *_packed(base, form), temporary, tick)
-            _check_result(merging, options, form)
-            size = sum((temporary / name).stat().st_size for name in files)
-            if options.verify and form is not None:
-                verify_quantized(merging, *_packed(base, form), temporary, tick)
-            elif options.verify and isinstance(base, DistributedCheckpoint):
-                verify_distributed(merging, base, temporary, tick)
-            elif options.verify:
-                assert isinstance(base, DirectoryCheckpoint)
-                verify_directory(merging, base, temporary, tick)
-    else:
-        files = [place.name]
-        with replace_file(place, force=force, sync=sync, replaces=replaces) as file:
-            if isinstance(base, ModuleCheckpoint):
-                write_state_dict(merging, base.state_dict, place, file, tick)
-            elif form is not None:
-                write_quantized_file(merging, *_packed(base, form), file, tick)
-            else:
-                write_file(merging, base, file, tick)
-            _check_result(merging, options, form)
-            file.flush()
-            size = os.fstat(file.fileno()).st_size
-            if options.verify and form is not None:
-                verify_quantized(merging, *_packed(base, form), Path(file.name), tick)
-            elif options.verify:
-                verify_file(merging, base, Path(file.name), tick, place)
+                files = _write_file(merging, out, place, form, tick)
+        _check_result(merging, options, form)
+        size = sum(p.stat().st_size for p in (out, *out.rglob("*")) if p.is_file())
+        if options.verify and form is not None:
+            verify_quantized(merging, *_packed(base, form), out, tick)
+        elif options.verify and isinstance(base, DistributedCheckpoint):
+            verify_distributed(merging, base, out, tick)
+        elif options.verify and isinstance(base, DirectoryCheckpoint):
+            verify_directory(merging, base, out, tick)
+        elif options.verify:
+            verify_file(merging, base, out, tick, place)
     if progress is not None:
         progress(total, total, place.name)  # a smaller dtype writes less than was announced
-    return files, size
+    return files, size, [left.note(merging.resumed, size)] if options.resume else []
+
+
+def _write_directory(merging: Merging, out: Path, form: Form | None, tick: Progress) -> list[str]:
+    """Write a directory; the names of its files."""
+    out.mkdir(exist_ok=True)
+    if isinstance(merging.base, DirectoryCheckpoint):
+        return write_directory(merging, merging.base, out, tick)
+    if isinstance(merging.base, DistributedCheckpoint):
+        return write_distributed(merging, merging.base, out, tick)
+    return write_quantized_directory(merging, *_packed(merging.base, form), out, tick)
+
+
+def _write_file(
+    merging: Merging, out: Path, place: Path, form: Form | None, tick: Progress
+) -> list[str]:
+    """Write a file; its name."""
+    base = merging.base
+    with open_placed(out) as file:
+        if isinstance(base, ModuleCheckpoint):
+            write_state_dict(merging, base.state_dict, place, file, tick)
+        elif form is not None:
+            write_quantized_file(merging, *_packed(base, form), file, tick)
+        else:
+            write_file(merging, base, file, tick)
+    return [place.name]
 
 
 def _packed(base: Checkpoint, form: Form | None) -> tuple[QuantizedCheckpoint, Form]:
@@ -255,38 +265,3 @@ def _check_change(merging: Merging) -> None:
             len(meant),
             lost=any(row.lost for row in meant),
         )
-
-
-def _notes(
-    checkpoint: Checkpoint, rows: Sequence[BakedTarget], form: Form | None, options: BakeOptions
-) -> list[str]:
-    notes = []
-    if form == "dense" and isinstance(checkpoint, SafetensorsCheckpoint):
-        notes.append(
-            "The weights are no longer quantized: a config.json for them must not say they are."
-        )
-    if options.original is not None and (said := advice(rows, checkpoint.path, options.original)):
-        notes.append(said)
-    if not rows:
-        notes.append("No target is enabled: the result holds the base's weights.")
-    elif not any(row.changed for row in rows):
-        notes.append("No element changed: the result holds the base's weights.")
-    if any(row.measured < row.total for row in rows):
-        notes.append(
-            "Norms and rounding loss are estimated from every eighth block of rows; "
-            "--verify measures all of them."
-        )
-    if lost := [row.target for row in rows if row.lost]:
-        notes.append(f"Too small for the stored dtype to hold: the update of {', '.join(lost)}.")
-    if isinstance(checkpoint, DirectoryCheckpoint):
-        ends = (".safetensors", *PICKLES)
-        others = sorted(
-            p.name
-            for p in checkpoint.path.iterdir()
-            if p.name.endswith(ends) and p.name not in checkpoint.parts and rows
-        )
-        notes += [
-            f"{name} was copied as it is: baked was {', '.join(checkpoint.parts)}."
-            for name in others
-        ]
-    return notes

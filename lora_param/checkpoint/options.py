@@ -1,4 +1,4 @@
-"""How a bake is asked for, checked before anything is opened."""
+"""How to bake: the settings of a bake, and what is read from text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
-from lora_param.checkpoint.unpacking import (
-    Form,
-)
+from lora_param.checkpoint.unpacking import Form
 from lora_param.errors import OptionError, worded
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BakeOptions", "Path_", "parse_dtype", "parse_size"]
+__all__ = ["BakeOptions", "PathText", "parse_dtype", "parse_size"]
 
-Path_ = str | os.PathLike[str]
+PathText = str | os.PathLike[str]
+Report = Callable[[int, int, str], None]
 
 _DTYPES = {
     "float32": "float32",
@@ -38,6 +37,59 @@ _UNITS = {
     for i in ("", "I")
     for b in ("", "B")
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BakeOptions:
+    """How to bake.
+
+    Attributes:
+        dtype: store floating tensors in this dtype; by default in their own.
+        key: dotted name of the nested state dict in a pickle.
+        check_fingerprint: refuse a base with other values than the adapter was made on.
+        in_place: replace the base.
+        force: replace an output that exists.
+        sync: have the data on the disk before the name shows them.
+        verify: read the result again and compare each tensor, before it takes its place.
+        require_change: refuse to write a result in which no element is changed although targets
+            are enabled: their updates are zero, or too small for the stored dtype.
+        progress: called with bytes done, bytes in all, and the name of what was done.
+        max_shard_size: divide the weights of a directory of safetensors anew, into files of at
+            most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
+        link: whole files of weights that nothing changes become hard links to the base's, where
+            the file system has them: writing into one of the two then changes both.
+        quantized: what becomes of quantized weights: "dense", all of them plain ones of the
+            model's dtype (or `dtype`), or "same", quantized again by their format. By default
+            dense.
+        original: the checkpoint that a quantized base was made of, to measure how far it is.
+        resume: go on with a bake of the same base, adapters and settings that was killed.
+
+    Raises:
+        OptionError: a value outside what is accepted.
+    """
+
+    dtype: torch.dtype | str | None = None
+    key: str | None = None
+    check_fingerprint: bool = True
+    in_place: bool = False
+    force: bool = False
+    sync: bool = True
+    verify: bool = False
+    require_change: bool = False
+    progress: Report | None = None
+    max_shard_size: int | str | None = None
+    link: bool = False
+    quantized: Form | None = None
+    original: PathText | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        parse_dtype(self.dtype)
+        if self.max_shard_size is not None:
+            parse_size(self.max_shard_size)
+        if self.quantized not in (None, *get_args(Form)):
+            option = worded("quantized", "--as")
+            raise OptionError(option, self.quantized, ", ".join(get_args(Form)))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -72,54 +124,3 @@ def parse_size(size: int | str) -> int:
     if found < 1:
         raise OptionError("max_shard_size", size, "a number of bytes, or e.g. 500MB, 5GB, 2GiB")
     return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BakeOptions:
-    """How to bake.
-
-    Attributes:
-        dtype: store floating tensors in this dtype; by default in their own.
-        key: dotted name of the nested state dict in a pickle.
-        check_fingerprint: refuse a base with other values than the adapter was made on.
-        in_place: replace the base.
-        force: replace an output that exists.
-        sync: have the data on the disk before the name shows them.
-        verify: read the result again and compare each tensor, before it takes its place.
-        require_change: refuse to write a result in which no element is changed although targets
-            are enabled: their updates are zero, or too small for the stored dtype.
-        progress: called with bytes done, bytes in all, and the name of what was done.
-        max_shard_size: divide the weights of a directory of safetensors anew, into files of at
-            most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
-        link: whole files of weights that nothing changes become hard links to the base's, where
-            the file system has them: writing into one of the two then changes both.
-        quantized: what becomes of quantized weights: "dense", all of them plain ones of the
-            model's dtype (or `dtype`), or "same", quantized again by their format. By default
-            dense.
-        original: the checkpoint that a quantized base was made of, to measure how far it is.
-
-    Raises:
-        OptionError: a value outside what is accepted.
-    """
-
-    dtype: torch.dtype | str | None = None
-    key: str | None = None
-    check_fingerprint: bool = True
-    in_place: bool = False
-    force: bool = False
-    sync: bool = True
-    verify: bool = False
-    require_change: bool = False
-    progress: Callable[[int, int, str], None] | None = None
-    max_shard_size: int | str | None = None
-    link: bool = False
-    quantized: Form | None = None
-    original: Path_ | None = None
-
-    def __post_init__(self) -> None:
-        parse_dtype(self.dtype)
-        if self.max_shard_size is not None:
-            parse_size(self.max_shard_size)
-        if self.quantized not in (None, *get_args(Form)):
-            option = worded("quantized", "--as")
-            raise OptionError(option, self.quantized, ", ".join(get_args(Form)))

@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "SUFFIXES",
     "PickleCheckpoint",
     "choose_state_dict",
     "data_of",
     "describe_tensors",
     "find_state_dicts",
 ]
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+"""What files of `torch.save` are called."""
 
 # In the order in which they are preferred where several hold a state dict.
 _PREFERRED = (

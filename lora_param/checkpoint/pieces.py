@@ -43,11 +43,11 @@ class Piece:
     def update(self, dtype: torch.dtype) -> Update | Deferred:
         """The update as a live model makes it, its tensors read, and cast to the merge's dtype."""
         from lora_param.weight.update import fold_initial, make_update
-        from lora_param.weight.variants import variant_named
+        from lora_param.weight.variants import variant_of
 
         t, tensors = self.target, fold_initial(self.factors())
         wide = {n: x.to(dtype).contiguous() for n, x in tensors.items()}
-        variant = variant_named(t.settings.variant)
+        variant = variant_of(t.settings)
         return make_update(variant, wide, t.scale, t.strength * self.weight, self.region)
 
 

@@ -37,7 +37,9 @@ from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
 
-_FORMATS = "native, peft, portable, kohya, diffusers, loralib, minlora, torchtune, mlx or gguf."
+_FORMATS = (
+    "native, peft, portable, kohya, lycoris, diffusers, loralib, minlora, torchtune, mlx or gguf."
+)
 
 app = typer.Typer(
     name="lora-param",
@@ -275,6 +277,9 @@ def bake(
     link: Annotated[
         bool, typer.Option("--link", help="Hard links for whole files that do not change.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Finish a bake to the same output that was killed.")
+    ] = False,
     quantized: Annotated[
         str | None,
         typer.Option(
@@ -313,6 +318,7 @@ def bake(
             dtype=dtype,
             max_shard_size=max_shard_size,
             link=link,
+            resume=resume,
             quantized=cast(Any, quantized),
             original=original,
             key=key,

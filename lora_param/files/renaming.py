@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_param.files.temporaries import beside
 
-__all__ = ["exchange", "rename_new", "sync_directory", "sync_tree"]
+__all__ = ["exchange", "rename_new", "sync_directory", "sync_file", "sync_tree"]
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -81,12 +81,19 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Have a directory with all that is in it on the disk."""
+    """A file, or a directory and all that is in it."""
+    if not root.is_dir():
+        sync_file(root)
     for directory, _, names in os.walk(root):
         for name in names:
-            descriptor = os.open(Path(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(Path(directory, name))
         sync_directory(Path(directory))
+
+
+def sync_file(path: Path) -> None:
+    """Have a file's data on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

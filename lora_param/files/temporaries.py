@@ -1,7 +1,7 @@
 """The hidden file or directory beside an output, into which it is written before its renaming.
 
 Its name is `.NAME.MACHINE.XXXXXXXX.tmp`, and it is locked while its process lives. What a killed
-process left has no lock, and so the next write to the same place removes it.
+process left has no lock, and so the next write to the same place removes it, or goes on with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,9 @@ __all__ = ["beside", "delete", "made", "opened", "remove_stale"]
 _LONGEST = 200  # bytes of a name in that of its temporary: file systems take 255 in all
 
 
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
 @cache
 def _machine() -> tuple[str, str]:
     """Marks of this run of the system and of this machine's name.
@@ -33,7 +36,7 @@ def _machine() -> tuple[str, str]:
     run share its mark, one machine before and after a crash shares its name.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        boot = _BOOT.read_bytes()
     except OSError:
         boot = b""
     return tuple(  # type: ignore[return-value]
@@ -54,29 +57,45 @@ def beside(real: Path, end: str = "tmp") -> Path:
     return real.with_name(f"{_prefix(real)}{''.join(_machine())}.{secrets.token_hex(4)}.{end}")
 
 
-def remove_stale(real: Path) -> None:
+def remove_stale(
+    real: Path, resumes: Callable[[Path], bool] | None = None
+) -> tuple[Path, int] | None:
     """Remove what processes that were killed on this machine left of the same output.
 
     For certain: a process that lives holds the lock of its temporary. Whatever cannot be looked
     at, locked or removed is left alone, for it must not keep the new output from being written.
+
+    Returns:
+        One that `resumes` wants, and a descriptor that holds its lock.
     """
     form = re.compile(re.escape(_prefix(real)) + r"([0-9a-f]{6})([0-9a-f]{6})\.[0-9a-f]{8}\.tmp")
     boot, node = _machine()
+    kept: tuple[Path, int] | None = None
     with suppress(OSError):
         for name in os.listdir(real.parent):  # noqa: PTH208  names alone are needed
             found = form.fullmatch(name)
             if found and (found[1] == boot or found[2] == node):
-                _remove_unheld(real.with_name(name))
+                alive = found[1] == boot and _BOOT.is_file()  # what it wrote is sure to be there
+                wanted = resumes if alive and kept is None else None
+                kept = _take_or_remove(real.with_name(name), wanted) or kept
+    return kept
 
 
-def _remove_unheld(temporary: Path) -> None:
+def _take_or_remove(
+    temporary: Path, resumes: Callable[[Path], bool] | None
+) -> tuple[Path, int] | None:
     with suppress(OSError):
         descriptor = os.open(temporary, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         try:
             if take(descriptor) and is_at(descriptor, temporary):
+                if resumes is not None and temporary.is_dir() and resumes(temporary):
+                    descriptor, taken = -1, descriptor
+                    return temporary, taken
                 delete(temporary)
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
+    return None
 
 
 def delete(temporary: Path) -> None:
@@ -101,21 +120,20 @@ def opened(temporary: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def made(temporary: Path) -> Iterator[None]:
-    """The temporary directory, new, and locked."""
-    while True:
+def made(temporary: Path, descriptor: int | None = None) -> Iterator[None]:
+    """The temporary directory, locked: a new one, or one whose lock a descriptor holds."""
+    while descriptor is None:
         temporary.mkdir()
         if not HAS_LOCKS:
             yield
             return
-        try:
+        with suppress(FileNotFoundError):  # taken for a dead one's, as above
             descriptor = os.open(temporary, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # as above
-        try:
-            if take(descriptor) is not False and is_at(descriptor, temporary):
-                yield
-                release(descriptor)
-                return
-        finally:
-            os.close(descriptor)
+            if take(descriptor) is False or not is_at(descriptor, temporary):
+                os.close(descriptor)
+                descriptor = None
+    try:
+        yield
+        release(descriptor)
+    finally:
+        os.close(descriptor)

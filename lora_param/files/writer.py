@@ -1,7 +1,8 @@
 """Output that is there whole or not at all: written beside its place, then renamed into it.
 
 A reader, a crash, a full disk or a killed process sees the old file (or directory) or the new one.
-What a killed process leaves behind is hidden and removed by the next write, see `temporaries`.
+What a killed process leaves behind is a hidden `.NAME.MACHINE.XXXXXXXX.tmp` in the same directory;
+its lock is gone with the process, and so the next write to the same place removes it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from lora_param.files.locks import HAS_LOCKS, State, locked, state_of
 from lora_param.files.renaming import exchange, rename_new, sync_directory, sync_tree
 from lora_param.files.temporaries import beside, delete, made, opened, remove_stale
 
-__all__ = ["check_output", "copy_range", "replace_directory", "replace_file"]
+__all__ = ["RESULT", "check_output", "copy_range", "replace_directory", "replace_file"]
+__all__ += ["replace_in_steps"]
 
 _CHUNK = 1 << 25
+
+
+RESULT = "result"
+"""The name of what takes its place, in the temporary directory of `replace_in_steps`."""
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool = False) -> Path:
@@ -126,20 +132,56 @@ def replace_directory(
     Raises:
         OutputError: see `check_output`; or the writing failed.
     """
-    real = check_output(path, force=force, directory=True)
-    remove_stale(real)
-    with _cleaned(path, beside(real)) as temporary, made(temporary):
+    with replace_in_steps(
+        path, directory=True, force=force, sync=sync, replaces=replaces
+    ) as temporary:
+        out = temporary / RESULT
+        out.mkdir()
+        yield out
+
+
+@contextmanager
+def replace_in_steps(
+    path: str | os.PathLike[str],
+    *,
+    directory: bool,
+    force: bool = False,
+    sync: bool = True,
+    replaces: State | None = None,
+    resumes: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
+    """A hidden directory beside `path`, whose `RESULT` takes the place when the block ends.
+
+    What else is in it is deleted then. After a kill all of it is left, for another process to go on
+    with, in the same run of the system: after a crash, files may lack what was written to them.
+
+    Args:
+        path, force, sync, replaces: as for `replace_file`, or `replace_directory`.
+        directory: the result is a directory.
+        resumes: asked of what a killed process left of this output: true where it is gone on with
+            instead of an empty one. What it does not want is deleted.
+
+    Raises:
+        OutputError: see `check_output`; or the writing failed.
+    """
+    real = check_output(path, force=force, directory=directory)
+    left = remove_stale(real, resumes)
+    temporary = beside(real) if left is None else left[0]
+    out = temporary / RESULT
+    with _cleaned(path, temporary, out), made(temporary, left and left[1]):
         yield temporary
         if real.exists():
-            temporary.chmod(stat.S_IMODE(real.stat().st_mode))
+            out.chmod(stat.S_IMODE(real.stat().st_mode))
         if sync:
-            sync_tree(temporary)
+            sync_tree(out)
         with locked(real) if replaces is None else nullcontext():
             _check_state(path, real, replaces)
-            if force and real.exists():
-                exchange(temporary, real)
+            if not force or not real.exists():
+                rename_new(out, real)
+            elif directory:
+                exchange(out, real)
             else:
-                rename_new(temporary, real)
+                out.replace(real)
         if sync:
             sync_directory(real.parent)
 
@@ -153,13 +195,14 @@ def _check_state(path: object, real: Path, replaces: State | None) -> None:
 
 
 @contextmanager
-def _cleaned(path: object, temporary: Path) -> Iterator[Path]:
+def _cleaned(path: object, temporary: Path, out: Path | None = None) -> Iterator[Path]:
     """Delete what is left of the temporary output; say which output it was that failed."""
+    shown = temporary if out is None else out
     try:
         yield temporary
     except FileError as error:
         # A sentence of its own, which may know the output under its temporary name alone.
-        told = str(error).replace(escaped(str(temporary)), escaped(str(path)))
+        told = str(error).replace(escaped(str(shown)), escaped(str(path)))
         error.args = (told,)
         raise
     except OSError as error:

@@ -37,7 +37,7 @@ from lora_param.targets.lora_config import LoraConfig, chosen_by
 from lora_param.targets.options import takes_settings
 from lora_param.targets.plan import PlannedTarget, Tied, make_plan
 from lora_param.targets.regions import Target
-from lora_param.targets.settings import VARIANTS, SettingsOptions
+from lora_param.targets.settings import SettingsOptions
 from lora_param.targets.weights import canonical_name
 from lora_param.weight.adapted import AdaptedWeight
 from lora_param.weight.base import dense, logical_dtype, logical_shape
@@ -278,7 +278,7 @@ def param_groups(
         raise NoAdapterError(adapter, [])
     groups: list[dict[str, Any]] = [{"params": [], "lr": lr}, {"params": [], "lr": lr * ratio}]
     for site in found:
-        axes = VARIANTS[site.lora.settings.variant]
+        axes = site.lora.settings.axes
         for name, parameter in site.lora.named_parameters():
             is_B = {"out", "rank"} == set(axes[name].split())
             groups[is_B]["params"].append(parameter)

@@ -11,7 +11,6 @@ from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.names.rewritten import Makers, Parts, Rewritten, reader, share_A
 from lora_param.names.table import Rule
 from lora_param.targets.regions import WHOLE, Region, Target
-from lora_param.targets.settings import axes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +54,7 @@ def _rows_of(adapter: Adapter, key: str) -> int:
     known = adapter.base.get(t.target.name)
     if known is not None:
         return known.shape[0]
-    for name, axes in axes_of(t.settings.variant).items():
+    for name, axes in t.settings.axes.items():
         if "out" in axes.split():
             return int(adapter.tensors[f"{key}.{name}"].shape[axes.split().index("out")])
     raise AssertionError(t.settings.variant)
@@ -110,7 +109,7 @@ def _join(result: Rewritten, whole: str, rule: Rule, keys: list[str]) -> None:
         return torch.cat(parts)
 
     first = adapter.targets[keys[0]]
-    axes = axes_of(first.settings.variant)
+    axes = first.settings.all_axes
     made: Makers = {
         name: partial(rows, name) if "out" in axes[name] else reader(adapter, keys[0], name)
         for name in adapter.tensor_names(keys[0])

@@ -11,7 +11,7 @@ from lora_param.names.resolve import WholeOf
 from lora_param.names.rewritten import STACK, Rewritten
 from lora_param.names.table import Rule
 from lora_param.targets.regions import WHOLE, Target
-from lora_param.targets.settings import INITIAL, VARIANTS, axes_of
+from lora_param.targets.settings import INITIAL, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def split(result: Rewritten, key: str, t: AdapterTarget, place: WholeOf) -> None
     if count != len(place.parts):
         raise result.refuse(key, f"{count} experts, of which the base holds {len(place.parts)}")
     turned = _is_turned(result, key, t, tensors, (sum(rows), shapes[0][1]), rule)
-    axes = _axes(t.settings.variant, tensors, turned)
+    axes = _axes(t.settings, tensors, turned)
     for expert, parts in enumerate(place.parts):
         start = 0
         for i, name in enumerate(parts):
@@ -68,9 +68,11 @@ def _taken(
     return make
 
 
-def _axes(variant: str, tensors: Mapping[str, Tensor], turned: bool) -> dict[str, tuple[str, str]]:
+def _axes(
+    settings: Settings, tensors: Mapping[str, Tensor], turned: bool
+) -> dict[str, tuple[str, str]]:
     """Tensor → its name and its axes in the matrix (out, in); of a turned one A and B swap."""
-    axes = axes_of(variant)
+    axes = settings.all_axes
     if not turned:
         return {n: (n, axes[n]) for n in tensors}
     pairs = (*INITIAL,), (*INITIAL.values(),)
@@ -91,9 +93,11 @@ def _is_turned(
     rows, columns = matrix
     held = {
         axis: size
-        for name, axes in VARIANTS[t.settings.variant].items()
+        for name, axes in t.settings.axes.items()
         for axis, size in zip(axes.split(), tensors[name].shape[-len(axes.split()) :], strict=True)
     }
+    if "out" not in held or _of_columns(t.settings):
+        raise result.refuse(key, f"of variant {t.settings.variant}, which is not made row by row")
     out, into = held["out"], held.get("in", columns)
     turned = rule.transposed if rows == columns else (out, into) == (columns, rows)
     if (out, into) == ((columns, rows) if turned else (rows, columns)):
@@ -101,3 +105,8 @@ def _is_turned(
             raise result.refuse(key, f"{t.settings.variant}, of a matrix that the base transposes")
         return turned
     raise result.refuse(key, f"{out} × {into} in the adapter, {rows} × {columns} in the base")
+
+
+def _of_columns(settings: Settings) -> bool:
+    """DoRA's lengths are those of columns, over all rows."""
+    return settings.variant == "dora_columns" or "columns" in settings.parsed_form.words

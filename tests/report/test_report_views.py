@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lora_param.checkpoint.baked import BakeReport
 from lora_param.checkpoint.measures import BakedTarget
-from lora_param.checkpoint.report import BakeReport
 from lora_param.report import figures
 from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.report.terminal import bake_view, plain_text, plan_view, stats_view

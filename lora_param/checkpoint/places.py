@@ -1,35 +1,40 @@
-"""Where the result of a bake goes, checked before its first byte is written."""
+"""Where a bake's result goes: checked before the first byte is written."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
-from lora_param.checkpoint.options import BakeOptions, Path_
+from lora_param.checkpoint.options import BakeOptions, PathText
+from lora_param.checkpoint.pickle import SUFFIXES
+from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
-from lora_param.errors import (
-    FileError,
-    OptionError,
-    OutputError,
-    worded,
-)
+from lora_param.errors import FileError, OptionError, OutputError, worded
+from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output
 
-__all__ = ["DIRECTORIES", "PICKLES", "check_place", "place_of"]
-
-DIRECTORIES = (DirectoryCheckpoint, DistributedCheckpoint)
-"""The kinds of checkpoint that are directories."""
-
-PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
+__all__ = ["check_place", "has_shards", "held", "is_directory", "place_of", "stored_in"]
 
 
-def place_of(checkpoint: Checkpoint, base: Path_, out: Path_ | None, in_place: bool) -> Path:
+def stored_in(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as it is stored, where it is shown as another."""
+    return checkpoint.stored if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
+
+
+def held(base: PathText) -> AbstractContextManager[State | None]:
+    """The lock of what is read and replaced in place: a second bake of it waits for the first."""
+    path = Path(base)
+    return locked(path.parent if path.name.endswith(".index.json") else path)
+
+
+def place_of(checkpoint: Checkpoint, base: PathText, out: PathText | None, in_place: bool) -> Path:
     """Where the result goes: the output asked for, or the base itself."""
     if isinstance(checkpoint.path, str):
         if out is None or in_place:
@@ -57,12 +62,8 @@ def check_place(
     place: Path,
     options: BakeOptions,
 ) -> None:
-    """Check that the result may be written there, and has the kind of what it is made of.
-
-    Raises:
-        OutputError: it may not.
-    """
-    in_place, directory = options.in_place, isinstance(checkpoint, DIRECTORIES)
+    """Refuse a place that must not be written, or that is of another kind than the base."""
+    in_place, directory = options.in_place, is_directory(checkpoint)
     real = check_output(place, force=options.force or in_place, directory=directory)
     for adapter, _ in adapters:
         source = Path(os.path.realpath(adapter.source))  # of one in memory, no path at all
@@ -74,14 +75,14 @@ def check_place(
         own = Path(os.path.realpath(checkpoint.path))
         if not in_place and (own in real.parents or real in own.parents):
             raise OutputError(place, f"one of it and the input {checkpoint.path} is in the other")
-        if not in_place and suffix in (".safetensors", *PICKLES):
+        if not in_place and suffix in (".safetensors", *SUFFIXES):
             raise OutputError(
                 place, f"the input is a directory, and so the output; its name ends in {suffix}"
             )
         if real.is_dir():
             _check_replaceable(real)
     elif isinstance(checkpoint.path, str):
-        if suffix != ".safetensors" and suffix not in PICKLES:
+        if suffix != ".safetensors" and suffix not in SUFFIXES:
             raise OutputError(
                 place, "its name ends in none of .safetensors, .pt, .pth, .bin, .ckpt"
             )
@@ -90,10 +91,22 @@ def check_place(
             raise OutputError(
                 place, "the input is a GGUF file, and so is the output: name it .gguf"
             )
-    elif isinstance(checkpoint, SafetensorsCheckpoint) and suffix in PICKLES:
+    elif isinstance(checkpoint, SafetensorsCheckpoint) and suffix in SUFFIXES:
         raise OutputError(place, "the input is a .safetensors file, and so the output: name it so")
     elif not isinstance(checkpoint, SafetensorsCheckpoint) and suffix == ".safetensors":
         raise OutputError(place, "the input is from torch.save, and so the output: name it .pt")
+
+
+def is_directory(checkpoint: Checkpoint) -> bool:
+    """It is a directory, and so is what a bake makes of it."""
+    return isinstance(checkpoint, DirectoryCheckpoint | DistributedCheckpoint)
+
+
+def has_shards(checkpoint: Checkpoint) -> bool:
+    """It is a directory of safetensors."""
+    return isinstance(checkpoint, DirectoryCheckpoint) and all(
+        isinstance(part, SafetensorsCheckpoint) for part in checkpoint.parts.values()
+    )
 
 
 def _check_replaceable(directory: Path) -> None:

@@ -1,15 +1,23 @@
-"""What a bake did."""
+"""What a bake did, and what its caller should know."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.measures import BakedTarget
+from lora_param.checkpoint.options import BakeOptions
+from lora_param.checkpoint.original import advice
+from lora_param.checkpoint.pickle import SUFFIXES
+from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
+from lora_param.checkpoint.shards import DirectoryCheckpoint
+from lora_param.checkpoint.unpacking import Form
 from lora_param.printing import Printed
 
-__all__ = ["BakeReport"]
+__all__ = ["BakeReport", "notes_of"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +86,39 @@ class BakeReport(Printed):
     def __repr__(self) -> str:
         total = len(self.rows) + len(self.disabled)
         return f"<BakeReport: {len(self.rows)} of {total} targets, {str(self.path)!r}>"
+
+
+def notes_of(
+    checkpoint: Checkpoint, rows: Sequence[BakedTarget], form: Form | None, options: BakeOptions
+) -> list[str]:
+    """What the rows, the place and the options call for: one sentence each."""
+    notes = []
+    if form == "dense" and isinstance(checkpoint, SafetensorsCheckpoint):
+        notes.append(
+            "The weights are no longer quantized: a config.json for them must not say they are."
+        )
+    if options.original is not None and (said := advice(rows, checkpoint.path, options.original)):
+        notes.append(said)
+    if not rows:
+        notes.append("No target is enabled: the result holds the base's weights.")
+    elif not any(row.changed for row in rows):
+        notes.append("No element changed: the result holds the base's weights.")
+    if any(row.measured < row.total for row in rows):
+        notes.append(
+            "Norms and rounding loss are estimated from every eighth block of rows; "
+            "--verify measures all of them."
+        )
+    if lost := [row.target for row in rows if row.lost]:
+        notes.append(f"Too small for the stored dtype to hold: the update of {', '.join(lost)}.")
+    if isinstance(checkpoint, DirectoryCheckpoint):
+        ends = (".safetensors", *SUFFIXES)
+        others = sorted(
+            p.name
+            for p in checkpoint.path.iterdir()
+            if p.name.endswith(ends) and p.name not in checkpoint.parts and rows
+        )
+        notes += [
+            f"{name} was copied as it is: baked was {', '.join(checkpoint.parts)}."
+            for name in others
+        ]
+    return notes
