@@ -14,8 +14,8 @@ _FAMILIES = (((".hada_w1_a", ".lokr_w1", ".lokr_w1_a"), "a LyCORIS adapter"),)
 
 ACCEPTED = (
     "an adapter file (.safetensors), as lora-param apply or lora_param.save writes it, a "
-    "directory of PEFT (adapter_config.json and adapter_model.safetensors), or a file of "
-    "sd-scripts (lora_unet_...)"
+    "directory of PEFT (adapter_config.json and adapter_model.safetensors), or an adapter of "
+    "sd-scripts (lora_unet_...), diffusers, loralib, minLoRA, torchtune, mlx-lm or llama.cpp"
 )
 
 
