@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from lora_param.adapter import Adapter, check_name
-from lora_param.checkpoint.bake import BakeOptions, BakeReport, bake_adapters
+from lora_param.checkpoint.bake import bake_adapters
+from lora_param.checkpoint.baked import BakeReport
 from lora_param.checkpoint.create import create_adapter
+from lora_param.checkpoint.options import BakeOptions
 from lora_param.checkpoint.unpacking import Form
 from lora_param.errors import OutputError
 from lora_param.files.writer import check_output
@@ -109,6 +111,7 @@ def bake_checkpoint(
     link: bool = False,
     quantized: Form | None = None,
     original: PathLike | None = None,
+    resume: bool = False,
 ) -> BakeReport:
     """Write W + ΔW where W stood: a checkpoint of the base's names, shapes, shards and other files.
 
@@ -137,6 +140,9 @@ def bake_checkpoint(
             is refused where less than half of an update is left, unless `force` is given.
         original: the checkpoint that a quantized base was made of; the report then says how large
             the error of its quantization is against the updates.
+        resume: go on with a bake to the same output that was killed, where base, adapters and
+            settings are the same: what it had written is kept, and the result is the same to the
+            bit. What is left of another bake is not used. The report's notes say which it was.
 
     Raises:
         UnchangedError: see `require_change`.
@@ -161,6 +167,7 @@ def bake_checkpoint(
         link=link,
         quantized=quantized,
         original=original,
+        resume=resume,
     )
     return bake_adapters(base, _pairs(adapters, layout, alpha), out, options)
 

@@ -20,7 +20,7 @@ from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
 from lora_param.checkpoint.streaming import Copied, entry_parts, jobs_of, name_of, stored_name
 from lora_param.errors import OutputError
-from lora_param.files.placed import PlacedFile, clone_file
+from lora_param.files.placed import PlacedFile, clone_file, open_placed
 from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, write_safetensors
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def _write_pickle(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> 
     import torch
 
     values = _new_values(merging, part, lambda *_: None)
+    file.seek(0)
+    file.truncate()
     torch.save(_with_replaced(part.content, part.nesting, values), file)
 
 
@@ -200,11 +202,23 @@ def write_directory(
 def copy_beside(folder: Path, out: Path, rewritten: set[str]) -> None:
     """Copy a directory's files but those that are written anew."""
     try:
-        shutil.copytree(folder, out, dirs_exist_ok=True, ignore=_ignoring(folder, rewritten))
+        shutil.copytree(
+            folder,
+            out,
+            dirs_exist_ok=True,
+            ignore=_ignoring(folder, rewritten),
+            copy_function=_copy_anew,
+        )
     except shutil.Error as error:  # a list of (from, to, why)
         source, _, why = error.args[0][0]
         raise OutputError(out, f"{source} cannot be copied ({why})") from error
     out.chmod(out.stat().st_mode | 0o700)  # copytree gave it the base's mode
+
+
+def _copy_anew(source: str, place: str) -> None:
+    """Copy a file to where nothing is, or what a killed process left, perhaps read-only."""
+    Path(place).unlink(missing_ok=True)
+    shutil.copy2(source, place)
 
 
 def _shard_jobs(
@@ -221,7 +235,7 @@ def _shard_jobs(
         place.parent.mkdir(parents=True, exist_ok=True)
         if merging.link and is_untouched(merging, part) and link_file(Path(part.path), place):
             continue
-        file = files.enter_context(place.open("x+b"))
+        file = files.enter_context(open_placed(place))
         yield from followed(file_jobs(merging, part, file), partial(finish, file, part))
 
 
@@ -229,6 +243,8 @@ def link_file(source: Path, place: Path) -> bool:
     """Make a hard link; False where the file system cannot, or they are of two."""
     try:
         place.hardlink_to(source.resolve())
+    except FileExistsError:  # of a bake that is gone on with
+        return place.samefile(source)
     except OSError:
         return False
     return True

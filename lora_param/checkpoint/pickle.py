@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "SUFFIXES",
     "PickleCheckpoint",
     "check_archive",
     "choose_state_dict",
@@ -38,6 +39,9 @@ __all__ = [
     "is_zip",
     "load_pickle",
 ]
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+"""What files of `torch.save` are called."""
 
 # In the order in which they are preferred where several hold a state dict.
 _PREFERRED = (

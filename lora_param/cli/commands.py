@@ -271,6 +271,9 @@ def bake(
     link: Annotated[
         bool, typer.Option("--link", help="Hard links for whole files that do not change.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Finish a bake to the same output that was killed.")
+    ] = False,
     quantized: Annotated[
         str | None,
         typer.Option(
@@ -309,6 +312,7 @@ def bake(
             dtype=dtype,
             max_shard_size=max_shard_size,
             link=link,
+            resume=resume,
             quantized=cast(Any, quantized),
             original=original,
             key=key,
