@@ -428,7 +428,8 @@ def convert(
     Args:
         adapter: a record, or the path of one in any format that `read_adapter` takes.
         to: a name of `FORMATS`: "native", "peft", "portable" (what every server takes), "kohya",
-            "diffusers", "loralib", "minlora", "torchtune", "mlx", "gguf".
+            "lycoris" (kohya's form, with what LyCORIS has beside LoRA), "diffusers", "loralib",
+            "minlora", "torchtune", "mlx", "gguf".
         out: the file to write, for "peft", "portable" and "mlx" the directory.
         base: the model or the checkpoint that it is for. A file of another tool leaves open what
             only the base tells, such as how it stores its weights; PEFT's depends on its layers.
