@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from lora_param.adapter import Adapter, AdapterTarget, Host, check_name
-from lora_param.arithmetic.approximate import PLAIN, approximate
+from lora_param.arithmetic.approximate import approximate
 from lora_param.arithmetic.combine import Compressed
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.fit import host_of as checkpoint_host
@@ -504,13 +504,11 @@ def _nearest(
     report: Callable[[Compressed], None] | None,
 ) -> Adapter:
     """What a format has a form for; all of it where nothing is lost."""
-    layers = to.layers
-    if rank is None and layers is None:
+    if rank is None and to.layers is None:
         return record
-    kinds = {} if layers is None else kinds_of(record)
+    kinds = {} if to.layers is None else kinds_of(record)
 
     def has_form(t: AdapterTarget) -> bool:
-        return layers is None or kinds.get(t.target.name) in layers
+        return to.layers is None or kinds.get(t.target.name) in to.layers
 
-    exact = (*PLAIN, *to.variants)
-    return approximate(record, host, has_form, exact=exact, rank=rank, report=report)
+    return approximate(record, host, has_form, exact=to.exact, rank=rank, report=report)

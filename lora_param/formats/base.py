@@ -9,10 +9,16 @@ from typing import Any, Protocol
 
 from lora_param.adapter import Adapter, Layer
 
-__all__ = ["LAYOUTS", "Format", "Read", "Write"]
+__all__ = ["DORA", "LAYOUTS", "PLAIN", "Format", "Read", "Write"]
 
 LAYOUTS = ("out-in", "in-out")
 """How a base may store square weights."""
+
+PLAIN = ("lora", "miss")
+"""The variants that are exact products of two factors."""
+
+DORA = (*PLAIN, "dora", "dora_columns")
+"""The same, and DoRA of rows or of columns."""
 
 
 class Read(Protocol):
@@ -46,19 +52,19 @@ class Format:
         read: see `Read`. What the file leaves open, the adapter's `settle` settles for a base.
         write: see `Write`. What the format needs to know of the base is in the adapter's
             `weights_at_hand`.
+        layers: the kinds of layer that it has factors for; None where what has none is for `write`
+            to say alone.
+        exact: the variants that it has a form for, where it has `layers`.
         takes: what its files leave open and `read` may be told beside the layout: "alpha",
             "enable_lora".
         unsaid: what a file of this adapter does not say, to be told to whoever wrote it, or "".
-        layers: the kinds of layer that it has a form for, where it does not keep all; `convert`
-            with `lossy` leaves the others out.
-        variants: what it keeps, beside plain A and B, of adapters that it does not keep whole.
     """
 
     name: str
     recognise: Callable[[Path], bool]
     read: Callable[..., Adapter]
     write: Write
+    layers: tuple[Layer, ...] | None = None
+    exact: tuple[str, ...] = PLAIN
     takes: tuple[str, ...] = ()
     unsaid: Callable[[Adapter], str] = lambda _: ""
-    layers: tuple[Layer, ...] | None = None
-    variants: tuple[str, ...] = ()

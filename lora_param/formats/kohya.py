@@ -32,7 +32,7 @@ from lora_param.files.header import read_header
 from lora_param.files.safetensors import NAMES, SafetensorsFile, StreamEntry, write_safetensors
 from lora_param.files.writer import replace_file
 from lora_param.fingerprint import BaseWeight
-from lora_param.formats.base import Format
+from lora_param.formats.base import DORA, Format
 from lora_param.formats.lycoris_kinds import (
     MAGNITUDE,
     NUMBER,
@@ -47,7 +47,7 @@ from lora_param.formats.lycoris_kinds import (
 from lora_param.formats.peft.encode import Pair, check_whole, is_lora, pair_of
 from lora_param.formats.peft.kinds import kinds_of, split_name
 from lora_param.formats.peft.patterns import exact_alpha
-from lora_param.names.flat import flattened
+from lora_param.names.flat import aliased, flattened
 from lora_param.names.table import default_names
 from lora_param.targets.regions import Target
 from lora_param.targets.settings import Settings
@@ -55,7 +55,7 @@ from lora_param.targets.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "LAYERS", "read_modules", "write_modules"]
+__all__ = ["FORMAT", "LAYERS", "flat_names", "read_modules", "write_modules"]
 
 LAYERS: tuple[Layer, ...] = ("linear", "conv")
 """The kinds of layer that sd-scripts adapts."""
@@ -257,18 +257,26 @@ def _lora(m: Module) -> Part:
     )
 
 
+def flat_names(lora: str) -> list[str]:
+    """What a base's module may be called, flat, that has a lora name."""
+    prefix = _prefix(lora)
+    rest = lora.removeprefix(prefix)
+    starts = [p.replace(".", "_") for p in _COMPONENTS.get(prefix, ())]
+    return [start + rest for start in ("", *starts)]
+
+
 def _resolved(file: SafetensorsFile, modules: list[_Module], host: Host) -> dict[str, str]:
     """Lora name → the base's weight whose name, flattened, it is; exactly one, or an error."""
-    flat, others = flattened(host.weights, host.names or default_names())
+    flat = flattened(host.weights)
+    others: dict[str, list[str]] | None = None  # made where it is needed: it takes a while
     found: dict[str, str] = {}
     lost, unclear = [], []
     for module in modules:
-        prefix = _prefix(module.name)
-        rest = module.name.removeprefix(prefix)
-        starts = [p.replace(".", "_") for p in _COMPONENTS[prefix]]
-        wanted = [start + rest for start in ("", *starts)]
+        wanted = flat_names(module.name)
         hits = [w for n in wanted for w in flat.get(n, [])]
         if not hits:  # under the name that another tool has for it
+            if others is None:
+                others = aliased(host.weights, host.names or default_names())
             hits = list(dict.fromkeys(w for n in wanted for w in others.get(n, [])))
         if len(hits) == 1:
             found[module.name] = hits[0]
@@ -492,6 +500,4 @@ def _told(tensors: Mapping[str, Any]) -> dict[str, str]:
     return _METADATA | told | {"ss_network_dim": one(ranks), "ss_network_alpha": one(alphas)}
 
 
-FORMAT = Format(
-    "kohya", _recognise, read_modules, _write, layers=LAYERS, variants=("dora", "dora_columns")
-)
+FORMAT = Format("kohya", _recognise, read_modules, _write, LAYERS, DORA)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "SERVED_RANKS", "portable"]
 
-_SERVED: tuple[Layer, ...] = ("linear", "conv1d")
+SERVED: tuple[Layer, ...] = ("linear", "conv1d")
 """The kinds of layer that servers have factors for."""
 
 SERVED_RANK = 16
@@ -55,7 +55,7 @@ def portable(adapter: Adapter) -> Adapter:
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}
     for key, t in adapter.targets.items():
-        if kinds[t.target.name] not in _SERVED:
+        if kinds[t.target.name] not in SERVED:
             why = f"of a layer of kind {kinds[t.target.name]}, and servers take linear layers alone"
             raise NoFormError(adapter.source, key, why, _instead())
         of_weight.setdefault(t.target.name, []).append(key)
@@ -148,5 +148,5 @@ def _unsaid(adapter: Adapter) -> str:
     )
 
 
-FORMAT = Format("portable", lambda _: False, read_peft, _write, unsaid=_unsaid, layers=_SERVED)
+FORMAT = Format("portable", lambda _: False, read_peft, _write, SERVED, unsaid=_unsaid)
 """No path is recognised as this format: what was written is PEFT's, and is read so."""
