@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = ["BaseWeight", "hash_sample", "sample_positions", "tensor_base_weight"]
@@ -36,10 +37,12 @@ class BaseWeight:
         return "values" if None not in (self.hash, other.hash) and self.hash != other.hash else ""
 
 
-def sample_positions(numel: int) -> Iterator[int]:
+def sample_positions(numel: int) -> NDArray[np.int64]:
     """Positions, in the flattened weight, of the elements that a fingerprint is made of."""
+    import numpy as np
+
     count = min(numel, _SAMPLE)
-    return (i * (numel - 1) // max(count - 1, 1) for i in range(count))
+    return np.arange(count) * (numel - 1) // max(count - 1, 1)
 
 
 def hash_sample(sample: bytes) -> str:
@@ -69,7 +72,7 @@ def tensor_base_weight(tensor: Tensor) -> BaseWeight:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())  # (*shape, 2)
     tensor = tensor.resolve_neg().view(getattr(torch, _BITS[tensor.element_size()]))
-    positions = np.fromiter(sample_positions(int(np.prod(shape))), np.int64)
+    positions = sample_positions(int(np.prod(shape)))
     where = np.unravel_index(positions, shape) if shape else (np.zeros(1, np.int64),)
     tensor = tensor if shape else tensor[None]
     index = tuple(torch.from_numpy(i).to(tensor.device) for i in where)

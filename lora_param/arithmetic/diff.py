@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 from lora_param.adapter import Adapter
 from lora_param.arithmetic.pairs import Pair, pair_of
 from lora_param.checkpoint.base import Checkpoint
-from lora_param.checkpoint.merging import plan_merging
 from lora_param.checkpoint.open import open_checkpoint
+from lora_param.checkpoint.plan import plan_merging
 from lora_param.errors import OptionError
 from lora_param.formats import is_adapter, read_adapter
 from lora_param.printing import Printed

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
-from lora_param.checkpoint.merging import BakedTarget, Merging, plan_merging
+from lora_param.checkpoint.measures import BakedTarget
+from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.module import ModuleCheckpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.original import advice, quantization_errors
 from lora_param.checkpoint.output import write_directory, write_file, write_state_dict
+from lora_param.checkpoint.plan import plan_merging
 from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
 from lora_param.checkpoint.reread import verify_directory, verify_file, verify_quantized
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint

@@ -1,80 +1,42 @@
-"""What a bake will change: which entries, by which updates, and what came of each target."""
+"""What a bake changes: which entries, by which updates, merged a block at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.checkpoint.base import Checkpoint
-from lora_param.checkpoint.fit import check_checkpoint
-from lora_param.errors import NonFiniteError, OptionError
+from lora_param.checkpoint.measures import (
+    BakedTarget,
+    Measures,
+    add_to,
+    count_changed,
+    measure,
+    overflows,
+)
+from lora_param.errors import NonFiniteError
 from lora_param.targets.regions import WHOLE, Region
 from lora_param.weight.blocks import BLOCK, Index, blocks_of, flat_range
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from lora_param.weight.update import Deferred, Update
 
-__all__ = ["BakedTarget", "Block", "Measures", "Merging", "plan_merging"]
-
+__all__ = ["Block", "Merging", "Piece"]
 
 _EVERY = 8  # blocks, of which one is measured
 
 
-@dataclass(frozen=True, slots=True)
-class BakedTarget:
-    """What baking did to one target.
-
-    Attributes:
-        target: its key.
-        adapter: the name of the adapter it is from.
-        changed: number of the target's elements whose stored value changed.
-        total: number of the target's elements.
-        rounding_loss: ‖ΔW_kept - ΔW‖ / ‖ΔW‖: the part of the update that the stored dtype cannot
-            hold; of all adapters on the target together. 0 where ΔW is 0.
-        relative_norm: ‖ΔW‖ / ‖W‖ of this adapter over the target; infinite over a zero W.
-        dead: ΔW is zero because the factors are (B was never trained).
-        measured: number of the target's elements that the two norms are of: all of them, or those
-            of every eighth block of rows where the target has several.
-        quantization_error: ‖W - W_original‖ / ‖ΔW‖ of a quantized W, where the original is at hand.
-    """
-
-    target: str
-    adapter: str
-    changed: int
-    total: int
-    rounding_loss: float
-    relative_norm: float
-    dead: bool
-    measured: int = 0
-    quantization_error: float | None = None
-
-    @property
-    def kept(self) -> float:
-        """The share of the update that is stored: 1 less the rounding loss, at least 0."""
-        return max(0.0, 1.0 - self.rounding_loss)
-
-    @property
-    def lost(self) -> bool:
-        """The update is not zero, and yet the stored dtype kept nothing of it."""
-        return self.changed == 0 and self.relative_norm > 0
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data, for JSON."""
-        return {**asdict(self), "lost": self.lost, "kept": self.kept}
-
-
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """One enabled target of one adapter, with the weight it is given."""
 
     adapter: Adapter
@@ -83,13 +45,16 @@ class _Piece:
 
     @property
     def target(self) -> AdapterTarget:
+        """What the adapter says of it."""
         return self.adapter.targets[self.key]
 
     @property
     def region(self) -> Region:
+        """The part of the weight that it adds to."""
         return self.target.target.region
 
     def factors(self) -> dict[str, Tensor]:
+        """Its tensors, on the CPU."""
         return {n: t.detach().cpu() for n, t in self.adapter.factors(self.key).items()}
 
     def update(self, dtype: torch.dtype) -> Update | Deferred:
@@ -118,7 +83,7 @@ class Block:
 
     start: int
     stop: int
-    pieces: tuple[_Piece, ...] = ()
+    pieces: tuple[Piece, ...] = ()
     region: Region | None = None
     index: Index = ()
     is_sampled: bool = True
@@ -127,24 +92,6 @@ class Block:
     def is_changed(self) -> bool:
         """Something is added."""
         return bool(self.pieces)
-
-
-class Measures(NamedTuple):
-    """Sums over a target's elements, from which its row is made; added up block by block."""
-
-    changed: int
-    total: int
-    measured: int = 0  # elements that the following are of
-    base: float = 0.0  # Σ W²
-    own: float = 0.0  # Σ ΔW² of the target
-    wanted: float = 0.0  # Σ ΔW² of all that is added
-    lost: float = 0.0  # Σ (kept - ΔW)²
-
-    @classmethod
-    def sum(cls, parts: Sequence[Measures]) -> Measures:
-        """Of several blocks; exact, so that their order does not matter."""
-        changed, total, measured, *squares = zip(cls(0, 0), *parts, strict=True)
-        return cls(sum(changed), sum(total), sum(measured), *map(math.fsum, squares))
 
 
 @dataclass
@@ -164,7 +111,7 @@ class Merging:
     """
 
     base: Checkpoint
-    pieces: dict[str, list[_Piece]]
+    pieces: dict[str, list[Piece]]
     dtype: torch.dtype | None
     disabled: list[str]
     adapters: list[Adapter]
@@ -175,7 +122,7 @@ class Merging:
     _measures: dict[tuple[int, str], dict[str, list[Measures]]] = field(default_factory=dict)
 
     @property
-    def targets(self) -> list[_Piece]:
+    def targets(self) -> list[Piece]:
         """Every enabled target, once."""
         unique = {(id(p.adapter), p.key): p for ps in self.pieces.values() for p in ps}
         return list(unique.values())
@@ -205,7 +152,7 @@ class Merging:
         from lora_param.weight.variants import variant_named
 
         pieces = self.pieces.get(name, [])
-        regions: dict[Region, list[_Piece]] = {}
+        regions: dict[Region, list[Piece]] = {}
         for piece in pieces:
             regions.setdefault(piece.region, []).append(piece)
         variants = {variant_named(p.target.settings.variant) for p in pieces}
@@ -260,7 +207,7 @@ class Merging:
         part = W.reshape(-1)[block.start : block.stop]
         if not block.pieces:
             cast = part.to(dtype)
-            if cast.dtype != W.dtype and _overflows(part, cast):
+            if cast.dtype != W.dtype and overflows(part, cast):
                 raise NonFiniteError(f"{name}, stored as {dtype},")
             return cast, []
         if block.region is None:
@@ -283,19 +230,21 @@ class Merging:
             added = [
                 (r, d) for u, r, d in zip(updates, regions, deltas, strict=True) if u not in copies
             ]
-            kept = _add(start, added, wide).to(dtype)
+            merged = start.to(wide, copy=True)
+            for region, delta in added:
+                add_to(merged, region, delta)
+            kept = merged.to(dtype)
         else:
             kept = stored.reshape(-1)[block.start : block.stop].view(part.shape)
-        changed = [_count_changed(part[r.index].to(dtype), kept[r.index]) for r in regions]
-        if _may_overflow(kept) and _overflows(part.to(wide), kept.to(wide)):
+        if overflows(part, kept):
             raise NonFiniteError(f"{name} with its update, stored as {dtype},")
-        totals = [part[r.index].numel() for r in regions]
-        measures = list(map(Measures, changed, totals))
+        views = [(part[r.index], kept[r.index]) for r in regions]
+        measures = [Measures(count_changed(a.to(dtype), b), a.numel()) for a, b in views]
         if self.exact or block.is_sampled:
-            measures = _measure(part, kept, regions, deltas, measures)
+            measures = measure(part, kept, regions, deltas, measures)
         return kept.reshape(-1), measures
 
-    def updates(self, pieces: Sequence[_Piece], dtype: torch.dtype) -> list[Update | Deferred]:
+    def updates(self, pieces: Sequence[Piece], dtype: torch.dtype) -> list[Update | Deferred]:
         """The updates of pieces on a weight of this dtype, read and ready."""
         from lora_param.weight.precision import compute_dtype
 
@@ -352,7 +301,7 @@ class Merging:
             updates = [ready[id(p)] for p in block.pieces]
             self.note(name, block.pieces, self.merge(name, W, block, updates, stored)[1])
 
-    def note(self, name: str, pieces: Sequence[_Piece], measures: Sequence[Measures]) -> None:
+    def note(self, name: str, pieces: Sequence[Piece], measures: Sequence[Measures]) -> None:
         """Add to what came of an entry's targets; in any order, by any thread."""
         for piece, measured in zip(pieces, measures, strict=True):
             of_names = self._measures.setdefault((id(piece.adapter), piece.key), {})
@@ -368,7 +317,7 @@ class Merging:
         """
         return {(id(p.adapter), p.key): self._row(p, errors.get(p.key)) for p in self.targets}
 
-    def _row(self, piece: _Piece, error: float | None) -> BakedTarget:
+    def _row(self, piece: Piece, error: float | None) -> BakedTarget:
         of_names = self._measures.get((id(piece.adapter), piece.key), {})
         name = min(of_names, key=lambda n: (n != piece.target.target.name, n), default="")
         m = Measures.sum(of_names.get(name, ()))  # names that share a target hold the same
@@ -387,162 +336,3 @@ class Merging:
             measured=m.measured,
             quantization_error=error,
         )
-
-
-def _add(W: Tensor, deltas: Iterable[tuple[Region, Tensor]], dtype: torch.dtype) -> Tensor:
-    """`add_deltas` without gradients: in place, which is quicker, of W's rows in this dtype."""
-    merged = W.to(dtype, copy=True)
-    for region, delta in deltas:
-        _add_to(merged, region, delta)
-    return merged
-
-
-def _add_to(W: Tensor, region: Region, delta: Tensor) -> None:
-    """In place, where the region is a view of W."""
-    if region.picked is None:
-        W[region.index].add_(delta)
-    else:
-        W[region.index] += delta
-
-
-def _measure(
-    W: Tensor,
-    kept: Tensor,
-    regions: Sequence[Region],
-    deltas: Sequence[Tensor],
-    counted: Sequence[Measures],
-) -> list[Measures]:
-    """What was stored against what was meant, for each update of some rows of W."""
-    import torch
-
-    wide = deltas[0].dtype
-    shared = len(set(regions)) == 1
-    if shared:
-        wanted = deltas[0] if len(deltas) == 1 else torch.stack(list(deltas)).sum(0)
-    else:
-        wanted = torch.zeros_like(W, dtype=wide)
-        for region, delta in zip(regions, deltas, strict=True):
-            _add_to(wanted, region, delta)
-    found: list[Measures] = []
-    for region, delta, count in zip(regions, deltas, counted, strict=True):
-        own = _square(delta)
-        if shared and found:
-            found.append(found[0]._replace(own=own))
-            continue
-        want = wanted if shared else wanted[region.index]
-        full = W[region.index].to(wide)
-        lost = kept[region.index].to(wide).sub(full).sub_(want)
-        found.append(
-            count._replace(
-                measured=count.total,
-                base=_square(full),
-                own=own,
-                wanted=own if len(deltas) == 1 else _square(want),
-                lost=_square(lost),
-            )
-        )
-    return found
-
-
-def _square(tensor: Tensor) -> float:
-    """Σ x²; over many elements not in fp32 alone, where it would lose small ones."""
-    import torch
-
-    parts = torch.split(tensor.reshape(-1), BLOCK)
-    return math.fsum(float(torch.dot(part, part)) for part in parts)
-
-
-def _bits(tensor: Tensor) -> NDArray[Any]:
-    """The elements as whole numbers, for NumPy, which is the quicker at comparing them."""
-    import torch
-
-    kinds = (torch.int8, torch.int16, torch.int32, torch.int64)
-    return tensor.view(kinds[tensor.itemsize.bit_length() - 1]).numpy()
-
-
-def _count_changed(before: Tensor, after: Tensor) -> int:
-    """Elements of other bits, where -0 is 0."""
-    import numpy as np
-
-    a, b = _bits(before), _bits(after)
-    differs = a != b
-    count = int(np.count_nonzero(differs))
-    if count and not (a & np.iinfo(a.dtype).max).min():  # of zeros, the sign may have changed
-        sign = np.iinfo(a.dtype).min
-        count -= int(np.count_nonzero(differs & ((a | b) == sign)))
-    return count
-
-
-def _may_overflow(tensor: Tensor) -> bool:
-    """Some element is infinite or NaN, or the dtype has no infinity to tell it by; in one pass."""
-    import numpy as np
-    import torch
-
-    bits = _bits(tensor)
-    infinite = torch.tensor(math.inf).to(tensor.dtype)
-    if not math.isinf(infinite.item()) or not bits.size:
-        return True
-    return bool((bits & np.iinfo(bits.dtype).max).max() >= _bits(infinite))
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity; in one pass, and without a mask of the tensor's size."""
-    import torch
-
-    return tensor.numel() == 0 or all(math.isfinite(v) for v in torch.aminmax(tensor))
-
-
-def _overflows(before: Tensor, after: Tensor) -> bool:
-    """Some element was finite and no longer is."""
-    return not _is_finite(after) and bool((before.isfinite() & ~after.isfinite()).any())
-
-
-def plan_merging(
-    base: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    *,
-    dtype: torch.dtype | None,
-    check_fingerprint: bool,
-) -> Merging:
-    """Check that the adapters fit the base and list what is to be merged; writes nothing.
-
-    Raises:
-        MismatchError, FingerprintError: an adapter does not fit.
-        NonFiniteError: an enabled factor holds NaN or infinity.
-        OptionError: a weight that is not finite.
-    """
-    pieces: dict[str, list[_Piece]] = {}
-    disabled: list[str] = []
-    settled: list[Adapter] = []
-    for adapter, weight in adapters:
-        if not math.isfinite(weight):
-            raise OptionError(f"the weight of {adapter.source}", weight, "a finite number")
-        adapter = check_checkpoint(adapter, base, check_fingerprint=check_fingerprint)
-        settled.append(adapter)
-        for key, t in adapter.targets.items():
-            if not t.enabled:
-                disabled.append(key)
-                continue
-            piece = _Piece(adapter, key, weight)
-            _check_finite(piece)
-            for name in _entries_of(t, base):
-                pieces.setdefault(name, []).append(piece)
-    return Merging(base, pieces, dtype, disabled, settled)
-
-
-def _entries_of(t: AdapterTarget, base: Checkpoint) -> list[str]:
-    """The entries that take a target's update: its names, and what the file ties to them."""
-    own = [n for n in (t.target.name, *t.also) if n in base]
-    tied = [other for n in own for other in base.weights[n].tied]
-    return [n for n in dict.fromkeys([*own, *tied]) if n not in t.apart]
-
-
-def _check_finite(piece: _Piece) -> None:
-    import torch
-
-    for name, tensor in piece.factors().items():
-        if not _is_finite(tensor.to(torch.promote_types(tensor.dtype, torch.float32))):
-            raise NonFiniteError(f"{name} of {piece.key} in {piece.adapter.source}")
-    t = piece.target
-    if not math.isfinite(t.scale * t.strength * piece.weight):
-        raise NonFiniteError(f"the scale of {piece.key} in {piece.adapter.source}")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from lora_param.checkpoint.base import Checkpoint
-from lora_param.checkpoint.merging import BakedTarget, Merging
+from lora_param.checkpoint.measures import BakedTarget
+from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
 from lora_param.errors import OptionError, listed
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.jobs import Job
-from lora_param.checkpoint.merging import Block, Measures, Merging
+from lora_param.checkpoint.measures import Measures
+from lora_param.checkpoint.merging import Block, Merging
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.files.header import DTYPES, Entry
 from lora_param.files.placed import PlacedFile

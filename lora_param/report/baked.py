@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from lora_param.checkpoint.bake import BakeReport
-from lora_param.checkpoint.merging import BakedTarget
+from lora_param.checkpoint.measures import BakedTarget
 from lora_param.errors import escaped
 from lora_param.report import figures
 from lora_param.report.collapse import Group, collapse

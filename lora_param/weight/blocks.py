@@ -67,6 +67,9 @@ def one_thread() -> Iterator[int]:
     import torch
 
     threads = torch.get_num_threads()
+    if threads == 1:  # to set it again, block by block, is not free
+        yield threads
+        return
     torch.set_num_threads(1)
     try:
         yield threads

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lora_param.checkpoint.bake import BakeReport
-from lora_param.checkpoint.merging import BakedTarget
+from lora_param.checkpoint.measures import BakedTarget
 from lora_param.report import figures
 from lora_param.report.stats import Stats, TargetRow, WeightRow
 from lora_param.report.terminal import bake_view, plain_text, plan_view, stats_view

@@ -1,0 +1,70 @@
+"""Which entries of a checkpoint adapters change: checked before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_param.adapter import Adapter, AdapterTarget
+from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.fit import check_checkpoint
+from lora_param.checkpoint.measures import is_finite
+from lora_param.checkpoint.merging import Merging, Piece
+from lora_param.errors import NonFiniteError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["plan_merging"]
+
+
+def plan_merging(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    *,
+    dtype: torch.dtype | None,
+    check_fingerprint: bool,
+) -> Merging:
+    """Check that the adapters fit the base and list what is to be merged; writes nothing.
+
+    Raises:
+        MismatchError, FingerprintError: an adapter does not fit.
+        NonFiniteError: an enabled factor holds NaN or infinity.
+        OptionError: a weight that is not finite.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    disabled: list[str] = []
+    settled: list[Adapter] = []
+    for adapter, weight in adapters:
+        if not math.isfinite(weight):
+            raise OptionError(f"the weight of {adapter.source}", weight, "a finite number")
+        adapter = check_checkpoint(adapter, base, check_fingerprint=check_fingerprint)
+        settled.append(adapter)
+        for key, t in adapter.targets.items():
+            if not t.enabled:
+                disabled.append(key)
+                continue
+            piece = Piece(adapter, key, weight)
+            _check_finite(piece)
+            for name in _entries_of(t, base):
+                pieces.setdefault(name, []).append(piece)
+    return Merging(base, pieces, dtype, disabled, settled)
+
+
+def _entries_of(t: AdapterTarget, base: Checkpoint) -> list[str]:
+    """The entries that take a target's update: its names, and what the file ties to them."""
+    own = [n for n in (t.target.name, *t.also) if n in base]
+    tied = [other for n in own for other in base.weights[n].tied]
+    return [n for n in dict.fromkeys([*own, *tied]) if n not in t.apart]
+
+
+def _check_finite(piece: Piece) -> None:
+    import torch
+
+    for name, tensor in piece.factors().items():
+        if not is_finite(tensor.to(torch.promote_types(tensor.dtype, torch.float32))):
+            raise NonFiniteError(f"{name} of {piece.key} in {piece.adapter.source}")
+    t = piece.target
+    if not math.isfinite(t.scale * t.strength * piece.weight):
+        raise NonFiniteError(f"the scale of {piece.key} in {piece.adapter.source}")
