@@ -9,8 +9,8 @@ import typer
 
 from lora_param.errors import OptionError
 
-__all__ = ["MODEL", "AdapterFile", "AnyBase", "Force", "Json", "Key", "Layout", "Model", "Names"]
-__all__ += ["NoSync", "Targets", "weighted"]
+__all__ = ["MODEL", "AdapterFile", "AnyBase", "Force", "Html", "Json", "Key", "Layout", "Model"]
+__all__ += ["Names", "NoSync", "Targets", "weighted"]
 
 MODEL = (
     "A .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory of them, "
@@ -38,6 +38,10 @@ Layout = Annotated[
 Names = Annotated[
     Path | None,
     typer.Option("--names", metavar="FILE", help="Further rules between names, one line each."),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
