@@ -87,6 +87,7 @@ class Host:
         value: gives a weight's numbers, dense; for what depends on them.
         model_type: the kind of model, where its config says so.
         names: rules between names, where others than the packaged ones are to be used.
+        config: the model's config.json, where there is one.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Host:
     value: Callable[[str], Tensor]
     model_type: str | None = None
     names: Names | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LazyTensors(Mapping[str, "Tensor"]):
@@ -140,6 +142,7 @@ class Adapter:
         format: the name of the format it was read from, or "native".
         notes: what could not be checked, or is left out; one sentence each.
         weights_at_hand: the weights of the base that it is on, where there is one.
+        config_at_hand: the config of that base.
         settle: settles for a base what the file leaves open; None where nothing is.
         names: rules between its names and a base's, where others than the packaged ones are given.
     """
@@ -153,6 +156,7 @@ class Adapter:
     format: str = "native"
     notes: tuple[str, ...] = ()
     weights_at_hand: Mapping[str, Weight] = field(repr=False, default_factory=dict)
+    config_at_hand: Mapping[str, Any] = field(repr=False, default_factory=dict)
     settle: Callable[[Host], Adapter] | None = field(repr=False, default=None)
     names: Names | None = field(repr=False, default=None)
 
@@ -163,7 +167,12 @@ class Adapter:
             AdapterError: it does not fit, or fits in several ways.
         """
         settled = self if self.settle is None else self.settle(host)
-        return replace(settled, weights_at_hand=host.weights, names=self.names)
+        return replace(
+            settled,
+            weights_at_hand=host.weights,
+            config_at_hand=host.config,
+            names=self.names,
+        )
 
     def factors(self, key: str) -> dict[str, Tensor]:
         """The tensors of one target, by their short names."""

@@ -30,6 +30,7 @@ ORDER = [
     "weight",
     "names.table",
     "names.resolve",
+    "names.flat",
     "adapter",
     "names.relayout",
     "names.fit",

@@ -22,7 +22,7 @@ from lora_param.files.placed import PlacedFile
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["archive_jobs"]
+__all__ = ["archive_jobs", "read_members"]
 
 _PIECE = 1 << 20  # bytes that a checksum is made of at a time
 _DIRECTORY, _LOCAL = struct.Struct("<16xI8xHHH12x"), struct.Struct("<6xH6xI8xHH")
@@ -54,7 +54,8 @@ def archive_jobs(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> I
     """
     if merging.dtype is not None or not is_zip(part.path):
         return None
-    members, directory = _read_members(part.path)
+    with part.path.open("rb") as source:
+        members, directory = read_members(source)
     places = _places(merging, part, members)
     return None if places is None else _jobs(merging, part, file, places, directory)
 
@@ -106,10 +107,10 @@ def _write_checksum(file: IO[bytes], target: PlacedFile, member: _Member) -> Non
         target.write(struct.pack("<I", crc), place)
 
 
-def _read_members(path: Path) -> tuple[dict[int, _Member], int]:
+def read_members(file: IO[bytes]) -> tuple[dict[int, _Member], int]:
     """The members that are not compressed, by where their data begin; and the directory's place."""
     found: dict[int, _Member] = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    with zipfile.ZipFile(file) as archive:
         infos, place = archive.infolist(), archive.start_dir
         order = _in_byte_order(archive)
         for info in infos:

@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.module import ModuleCheckpoint
-from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.pickle import SUFFIXES, PickleCheckpoint
 from lora_param.checkpoint.quantized.logical import logical
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
-from lora_param.checkpoint.shards import DirectoryCheckpoint
+from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
 from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
+from lora_param.files.distributed import METADATA
 from lora_param.files.gguf import MAGIC
 from lora_param.files.header import TORCH_SAVE
 
@@ -20,9 +22,8 @@ __all__ = ["ACCEPTED", "open_checkpoint"]
 
 ACCEPTED = (
     "a .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory with one or with shards and "
-    "their index.json, or python:package.module:callable"
+    "their index.json or a distributed checkpoint, or python:package.module:callable"
 )
-_PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -55,14 +56,16 @@ def _open_stored(path: str | os.PathLike[str], key: str | None) -> Checkpoint:
         raise MissingFileError(path, ACCEPTED)
     if path.is_file() and (path.suffix.lower() == ".gguf" or _start(path)[:4] == MAGIC):
         return _without_key(GgufCheckpoint(path), key)
+    if path.is_dir() and find_weights(path).name == METADATA:
+        return DistributedCheckpoint(path, key)
     if path.is_dir() or path.name.endswith(".index.json"):
         return DirectoryCheckpoint(path, key)
     if not path.is_file():
         raise UnknownFileError(path, "neither a file nor a directory", ACCEPTED)
     kind = path.suffix.lower()
-    if kind == ".safetensors" or (kind not in _PICKLES and _looks_safetensors(path)):
+    if kind == ".safetensors" or (kind not in SUFFIXES and _looks_safetensors(path)):
         return _without_key(SafetensorsCheckpoint(path), key)
-    if kind in _PICKLES or _looks_pickled(path):
+    if kind in SUFFIXES or _looks_pickled(path):
         if _looks_safetensors(path):
             raise BrokenFileError(path, "it is a safetensors file; rename it to .safetensors")
         return PickleCheckpoint(path, key)

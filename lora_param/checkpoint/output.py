@@ -20,13 +20,13 @@ from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
 from lora_param.checkpoint.streaming import Copied, entry_parts, jobs_of, name_of, stored_name
 from lora_param.errors import OutputError
-from lora_param.files.placed import PlacedFile, clone_file
+from lora_param.files.placed import PlacedFile, clone_file, open_placed
 from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, write_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Progress", "copy_beside", "file_jobs", "write_directory", "write_file"]
+__all__ = ["Progress", "copy_beside", "file_jobs", "link_file", "write_directory", "write_file"]
 __all__ += ["write_state_dict"]
 
 
@@ -90,6 +90,8 @@ def _write_pickle(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> 
     import torch
 
     values = _new_values(merging, part, lambda *_: None)
+    file.seek(0)
+    file.truncate()
     torch.save(_with_replaced(part.content, part.nesting, values), file)
 
 
@@ -185,7 +187,7 @@ def write_directory(
     rewritten = set(base.parts)
     if merging.max_shard_size is not None and base.index is not None:
         rewritten.add(base.index.name)
-    copy_beside(base, out, rewritten)
+    copy_beside(base.path, out, rewritten)
     with ExitStack() as files:
         if merging.max_shard_size is None:
             jobs = _shard_jobs(merging, base, out, files)
@@ -197,14 +199,26 @@ def write_directory(
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
 
 
-def copy_beside(base: DirectoryCheckpoint, out: Path, rewritten: set[str]) -> None:
+def copy_beside(folder: Path, out: Path, rewritten: set[str]) -> None:
     """Copy a directory's files but those that are written anew."""
     try:
-        shutil.copytree(base.path, out, dirs_exist_ok=True, ignore=_ignoring(base.path, rewritten))
+        shutil.copytree(
+            folder,
+            out,
+            dirs_exist_ok=True,
+            ignore=_ignoring(folder, rewritten),
+            copy_function=_copy_anew,
+        )
     except shutil.Error as error:  # a list of (from, to, why)
         source, _, why = error.args[0][0]
         raise OutputError(out, f"{source} cannot be copied ({why})") from error
     out.chmod(out.stat().st_mode | 0o700)  # copytree gave it the base's mode
+
+
+def _copy_anew(source: str, place: str) -> None:
+    """Copy a file to where nothing is, or what a killed process left, perhaps read-only."""
+    Path(place).unlink(missing_ok=True)
+    shutil.copy2(source, place)
 
 
 def _shard_jobs(
@@ -219,16 +233,18 @@ def _shard_jobs(
     for name, part in base.parts.items():
         place = out / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if merging.link and is_untouched(merging, part) and _link(Path(part.path), place):
+        if merging.link and is_untouched(merging, part) and link_file(Path(part.path), place):
             continue
-        file = files.enter_context(place.open("x+b"))
+        file = files.enter_context(open_placed(place))
         yield from followed(file_jobs(merging, part, file), partial(finish, file, part))
 
 
-def _link(source: Path, place: Path) -> bool:
+def link_file(source: Path, place: Path) -> bool:
     """Make a hard link; False where the file system cannot, or they are of two."""
     try:
         place.hardlink_to(source.resolve())
+    except FileExistsError:  # of a bake that is gone on with
+        return place.samefile(source)
     except OSError:
         return False
     return True

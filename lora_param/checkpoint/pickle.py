@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lora_param.checkpoint.base import Checkpoint, packed_reason
 from lora_param.errors import (
@@ -29,13 +29,19 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "SUFFIXES",
     "PickleCheckpoint",
+    "check_archive",
+    "choose_state_dict",
     "data_of",
     "describe_tensors",
     "find_state_dicts",
     "is_zip",
     "load_pickle",
 ]
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+"""What files of `torch.save` are called."""
 
 # In the order in which they are preferred where several hold a state dict.
 _PREFERRED = (
@@ -78,7 +84,8 @@ class PickleCheckpoint(Checkpoint):
         self.path = Path(path)
         self.content: Any = load_pickle(self.path)
         found = find_state_dicts(self.content)
-        self.nesting = _choose(self.path, self.content, found, key)
+        what = "a file of torch.save"
+        self.nesting = choose_state_dict(self.path, what, self.content, found, key)
         self.key = ".".join(self.nesting)
         self.state_dict: Mapping[str, Any] = found[self.nesting]
 
@@ -128,7 +135,8 @@ def load_pickle(path: Path) -> Any:
     except OSError as error:
         raise BrokenFileError(path, error.strerror or str(error)) from error
     if zipped:
-        _check_archive(path)
+        with path.open("rb") as file:
+            check_archive(file, path)
     try:
         with warnings.catch_warnings():
             # Of pickle protocols, sparse and quantized tensors, storages read by older means: what
@@ -149,14 +157,14 @@ def load_pickle(path: Path) -> Any:
         raise BrokenFileError(path, f"it is damaged ({type(error).__name__})") from None
 
 
-def _check_archive(path: Path) -> None:
-    """A whole zip archive of torch.save, of no more bytes than the file has.
+def check_archive(file: IO[bytes], path: Path) -> None:
+    """A whole zip archive of torch.save, of no more bytes than the open file has.
 
     torch.save compresses nothing: a record that is inflated may take all memory, and the data of a
     tensor would be read as they lie in the file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise BrokenFileError(path, f"it is a truncated or damaged zip archive ({error})") from None
@@ -169,7 +177,7 @@ def _check_archive(path: Path) -> None:
         )
     if not any(name.endswith("/data.pkl") for name in names):
         raise UnknownFileError(path, "a zip archive of another kind", "a file of torch.save")
-    size = path.stat().st_size
+    size = file.seek(0, os.SEEK_END)
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
             raise BrokenFileError(
@@ -280,16 +288,26 @@ def tie_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
     )
 
 
-def find_state_dicts(content: object) -> dict[tuple[str, ...], Mapping[str, Any]]:
+def find_state_dicts(
+    content: object, tensor: type | None = None
+) -> dict[tuple[str, ...], Mapping[str, Any]]:
     """Every state dict in what a file holds, by the path of keys to it; () is the top level.
 
     A state dict maps texts to values that are mostly tensors. Optimizer states are none.
+
+    Args:
+        content: what it holds.
+        tensor: the class that stands for a tensor in it; torch's own by default.
     """
-    return _search(content, (), {})
+    if tensor is None:
+        import torch
+
+        tensor = torch.Tensor
+    return _search(content, (), {}, tensor)
 
 
 def _search(
-    value: object, path: tuple[str, ...], seen: dict[int, bool]
+    value: object, path: tuple[str, ...], seen: dict[int, bool], tensor: type
 ) -> dict[tuple[str, ...], Mapping[str, Any]]:
     """State dicts in a value at a path.
 
@@ -304,21 +322,19 @@ def _search(
     inner: dict[tuple[str, ...], Mapping[str, Any]] = {}
     for name, item in value.items():
         if isinstance(name, str):
-            inner |= _search(item, (*path, name), seen)
+            inner |= _search(item, (*path, name), seen, tensor)
     # A state dict may keep a module's extra state as a mapping; a checkpoint may keep a few loose
     # tensors beside its state dict. What the mapping is called tells them apart.
-    if _is_state_dict(value) and not any(p[len(path)] in _PREFERRED for p in inner):
+    if _is_state_dict(value, tensor) and not any(p[len(path)] in _PREFERRED for p in inner):
         seen[id(value)] = True
         return {path: value}
     return inner
 
 
-def _is_state_dict(value: Mapping[Any, Any]) -> bool:
-    import torch
-
+def _is_state_dict(value: Mapping[Any, Any], tensor: type) -> bool:
     if not all(isinstance(name, str) for name in value):
         return False
-    tensors = sum(isinstance(item, torch.Tensor) for item in value.values())
+    tensors = sum(isinstance(item, tensor) for item in value.values())
     return tensors > 0 and 2 * tensors > len(value)
 
 
@@ -328,12 +344,26 @@ def _is_optimizer(value: Mapping[Any, Any], path: Sequence[str]) -> bool:
     return any(isinstance(k, str) and k.rpartition(".")[2] in _OPTIMIZER_KEYS for k in value)
 
 
-def _choose(
+def choose_state_dict(
     file: Path,
+    kind: str,
     content: object,
     found: Mapping[tuple[str, ...], Mapping[str, Any]],
     key: str | None,
 ) -> tuple[str, ...]:
+    """The path of keys to the state dict that is meant.
+
+    Args:
+        file: where it is.
+        kind: what that is, for messages.
+        content: all that it holds.
+        found: the state dicts in it.
+        key: the dotted name of the one that is asked for, if one is.
+
+    Raises:
+        OptionError: there is none of this name.
+        UnknownFileError: there is none, or several and none that is usually meant.
+    """
     keys = {".".join(path): path for path in found}
     if key is not None:
         if key not in keys:
@@ -346,7 +376,7 @@ def _choose(
             what += f" with the keys {listed(map(str, content))}"
         raise UnknownFileError(
             file,
-            f"a file of torch.save that holds {what}",
+            f"{kind} that holds {what}",
             "a state dict, or a dict with one in it",
         )
     if len(found) == 1:
@@ -359,7 +389,7 @@ def _choose(
     if not ranked:
         raise UnknownFileError(
             file,
-            f"a file with several state dicts ({', '.join(keys)})",
+            f"{kind} with several state dicts ({', '.join(keys)})",
             "one of them, chosen with key=... (--key)",
         )
     return ranked[0][1]

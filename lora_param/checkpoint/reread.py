@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.pickle import PickleCheckpoint
@@ -21,7 +22,7 @@ from lora_param.files.safetensors import tensor_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["verify_directory", "verify_file", "verify_quantized"]
+__all__ = ["verify_directory", "verify_distributed", "verify_file", "verify_quantized"]
 
 
 def verify_file(
@@ -115,7 +116,25 @@ def verify_directory(
     _compare_others(base, written, rewritten)
 
 
-def _compare_others(base: DirectoryCheckpoint, written: Path, rewritten: set[str]) -> None:
+def verify_distributed(
+    merging: Merging,
+    base: DistributedCheckpoint,
+    written: Path,
+    tick: Callable[[int, str], None],
+) -> None:
+    """Read a distributed checkpoint again: every tensor of the state dict, and all other files.
+
+    Raises:
+        OutputError: something differs.
+    """
+    with DistributedCheckpoint(written, base.key) as again:
+        _compare(merging, base, again, tick, written)
+    _compare_others(base, written, set(base.index.files))
+
+
+def _compare_others(
+    base: DirectoryCheckpoint | DistributedCheckpoint, written: Path, rewritten: set[str]
+) -> None:
     for path in base.path.rglob("*"):
         name = path.relative_to(base.path).as_posix()
         if path.is_file() and name not in rewritten:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_param.checkpoint.base import Checkpoint, packed_reason
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.errors import BrokenFileError, UnknownFileError, listed
+from lora_param.files.distributed import METADATA, leads_outside
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.weights import Weight
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["DirectoryCheckpoint", "find_weights", "read_index"]
+__all__ = ["DirectoryCheckpoint", "config_in", "find_weights", "read_index"]
 
 # What a Hugging Face directory holds, in the order in which it is looked for.
 _KNOWN = (
@@ -65,12 +66,9 @@ class DirectoryCheckpoint(Checkpoint):
         self.key = next((p.key for p in self.parts.values()), "")
 
     @property
-    def model_type(self) -> str | None:
-        """The config's model_type."""
-        path = self.path / "config.json"
-        config = load_json(path) if path.is_file() else {}
-        kind = config.get("model_type")
-        return kind if isinstance(kind, str) else None
+    def config(self) -> Mapping[str, Any]:
+        """The directory's config.json."""
+        return config_in(self.path)
 
     def _describe(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
@@ -120,8 +118,14 @@ def _open_part(path: Path, key: str | None) -> SafetensorsCheckpoint | PickleChe
     return PickleCheckpoint(path, key)
 
 
+def config_in(directory: Path) -> Mapping[str, Any]:
+    """A directory's config.json, {} where it has none."""
+    path = directory / "config.json"
+    return load_json(path) if path.is_file() else {}
+
+
 def find_weights(directory: Path) -> Path:
-    """The file in a directory that holds its weights, or the index of its shards.
+    """The file in a directory that holds its weights, or the index of its shards or chunks.
 
     Raises:
         UnknownFileError: there is none, or several and none that is usually meant.
@@ -135,13 +139,8 @@ def find_weights(directory: Path) -> Path:
         if name in names:
             return directory / name
     accepted = f"a directory with {', '.join(_KNOWN)} or one single weights file"
-    if ".metadata" in names and any(n.endswith(".distcp") for n in names):
-        raise UnknownFileError(
-            directory,
-            "a distributed checkpoint, whose index cannot be opened without running its code",
-            "a file made of it where it is trusted, with torch.distributed.checkpoint."
-            "format_utils.dcp_to_torch_save(directory, 'model.pt')",
-        )
+    if METADATA in names:
+        return directory / METADATA
     indices = [n for n in names if n.endswith((".safetensors.index.json", ".bin.index.json"))]
     single = indices or [n for n in names if n.endswith(_SINGLE) and (directory / n).is_file()]
     if len(single) == 1:
@@ -168,13 +167,11 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(shard, str) or not shard:
             raise BrokenFileError(path, f"it gives {tensor} a shard that is no file name")
     for shard in dict.fromkeys(mapping.values()):
-        posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
-        outside = posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts
-        if outside or "\0" in shard:
+        if leads_outside(shard):
             raise BrokenFileError(
                 path, f"it names the shard {shard!r}, which lies outside of its directory"
             )
-        if posix.suffix not in _SINGLE:
+        if PurePosixPath(shard).suffix not in _SINGLE:
             raise BrokenFileError(path, f"it names the shard {shard!r}, which is no weights file")
         try:
             found = (path.parent / shard).is_file()

@@ -15,6 +15,7 @@ from lora_param.cli.arithmetic import COMMANDS
 from lora_param.cli.options import (
     MODEL,
     AdapterFile,
+    Alpha,
     AnyBase,
     Force,
     Html,
@@ -25,6 +26,7 @@ from lora_param.cli.options import (
     Names,
     NoSync,
     Targets,
+    switches,
     weighted,
 )
 from lora_param.cli.terminal import Command, Group, progress_bar, show, show_json
@@ -32,6 +34,8 @@ from lora_param.report.page.rendering import check_page
 from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
+
+_FORMATS = "native, peft, portable, kohya, diffusers, loralib, minlora, torchtune, mlx or gguf."
 
 app = typer.Typer(
     name="lora-param",
@@ -164,6 +168,7 @@ def stats(
     html: Html = None,
     key: Key = None,
     layout: Layout = None,
+    alpha: Alpha = None,
     names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
@@ -178,11 +183,12 @@ def stats(
     with progress_bar("Measuring", quiet=json) as progress:
         found = lp.stats(
             model,
-            _read(adapter, layout, names),
+            _read(adapter, layout, names, alpha),
             norms=norms,
             key=key,
             check_fingerprint=not ignore_fingerprint,
             layout=layout,
+            alpha=alpha,
             progress=progress,
         )
     if html is not None:
@@ -262,6 +268,9 @@ def bake(
     link: Annotated[
         bool, typer.Option("--link", help="Hard links for whole files that do not change.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Finish a bake to the same output that was killed.")
+    ] = False,
     quantized: Annotated[
         str | None,
         typer.Option(
@@ -279,6 +288,7 @@ def bake(
     ] = None,
     key: Key = None,
     layout: Layout = None,
+    alpha: Alpha = None,
     names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
@@ -294,11 +304,12 @@ def bake(
     with progress_bar("Baking", quiet=json) as progress:
         report = lp.bake_checkpoint(
             model,
-            [(_read(path, layout, names), w) for path, w in map(weighted, adapters)],
+            [(_read(path, layout, names, alpha), w) for path, w in map(weighted, adapters)],
             output,
             dtype=dtype,
             max_shard_size=max_shard_size,
             link=link,
+            resume=resume,
             quantized=cast(Any, quantized),
             original=original,
             key=key,
@@ -309,6 +320,7 @@ def bake(
             verify=verify,
             require_change=True,
             layout=layout,
+            alpha=alpha,
             progress=progress,
         )
     if json:
@@ -317,26 +329,24 @@ def bake(
     show(report)
 
 
-def _read(adapter: Any, layout: str | None, names: Path | None) -> Any:
+def _read(adapter: Any, layout: str | None, names: Path | None, alpha: float | None) -> Any:
     """The adapter, read where rules come with it; else its path, which the call reads."""
-    return adapter if names is None else lp.read_adapter(adapter, layout=layout, names=names)
+    if names is None:
+        return adapter
+    return lp.read_adapter(adapter, layout=layout, names=names, alpha=alpha)
 
 
 @app.command(cls=Command)
 def convert(
     adapter: Annotated[
         Path,
-        typer.Argument(
-            metavar="ADAPTER", help="An adapter file or a PEFT directory.", show_default=False
-        ),
+        typer.Argument(metavar="ADAPTER", help="An adapter, of any format.", show_default=False),
     ],
-    to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="native, peft, portable or kohya.")
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=_FORMATS)],
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", metavar="OUT", help="A file; for peft and portable a directory."
+            "-o", "--output", metavar="OUT", help="A file; for peft, portable and mlx a directory."
         ),
     ],
     base: Annotated[
@@ -354,6 +364,15 @@ def convert(
     ] = None,
     key: Key = None,
     layout: Layout = None,
+    alpha: Alpha = None,
+    enable_lora: Annotated[
+        str | None,
+        typer.Option(
+            "--enable-lora",
+            metavar="1,0,1",
+            help="Which blocks of rows loralib's MergedLinear adapts.",
+        ),
+    ] = None,
     names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
@@ -368,11 +387,13 @@ def convert(
     """
     rows: list[Any] = []
     record = lp.convert(
-        _read(adapter, layout, names),
+        _read(adapter, layout, names, alpha),
         to,
         output,
         base=base,
         layout=layout,
+        alpha=alpha,
+        enable_lora=None if enable_lora is None else switches(enable_lora),
         key=key,
         lossy=lossy,
         rank=rank,

@@ -19,7 +19,7 @@ from lora_param.errors import BrokenFileError
 if sys.platform == "linux":
     import fcntl
 
-__all__ = ["PlacedFile", "clone_file"]
+__all__ = ["PlacedFile", "clone_file", "open_placed"]
 
 _PIECE = 1 << 20  # of a plain copy: stays in cache
 _FICLONE = 0x40049409
@@ -105,6 +105,11 @@ class PlacedFile:
             if error.errno in _FAILURES:
                 raise
             return 0
+
+
+def open_placed(path: Path) -> IO[bytes]:
+    """Open a new file for reading and writing; or go on with one that another process began."""
+    return path.open("r+b" if path.exists() else "x+b")
 
 
 def clone_file(source: str | os.PathLike[str], target: IO[bytes]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lora_param.adapter import Adapter
 
@@ -15,12 +15,13 @@ __all__ = ["Format", "Read", "Write"]
 class Read(Protocol):
     """Reads the adapter at a path; its tensors are read when they are asked for."""
 
-    def __call__(self, path: Path, *, layout: str | None) -> Adapter:
+    def __call__(self, path: Path, *, layout: str | None, **told: Any) -> Adapter:
         """Read it.
 
         Args:
             path: what `recognise` has recognised.
             layout: "out-in" or "in-out": how square weights are stored, where nothing tells.
+            **told: what else the caller says of the file, each of its `takes`.
         """
 
 
@@ -42,9 +43,14 @@ class Format:
         read: see `Read`. What the file leaves open, the adapter's `settle` settles for a base.
         write: see `Write`. What the format needs to know of the base is in the adapter's
             `weights_at_hand`.
+        takes: what its files leave open and `read` may be told beside the layout: "alpha",
+            "enable_lora".
+        unsaid: what a file of this adapter does not say, to be told to whoever wrote it, or "".
     """
 
     name: str
     recognise: Callable[[Path], bool]
-    read: Read
+    read: Callable[..., Adapter]
     write: Write
+    takes: tuple[str, ...] = ()
+    unsaid: Callable[[Adapter], str] = lambda _: ""

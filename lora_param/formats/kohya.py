@@ -33,6 +33,8 @@ from lora_param.formats.base import Format
 from lora_param.formats.peft.encode import Pair, pair_of
 from lora_param.formats.peft.kinds import kinds_of, split_name
 from lora_param.formats.peft.patterns import exact_alpha
+from lora_param.names.flat import flattened
+from lora_param.names.table import default_names
 from lora_param.targets.regions import Target
 from lora_param.targets.settings import Settings
 
@@ -46,9 +48,9 @@ LAYERS: tuple[Layer, ...] = ("linear", "conv")
 
 _COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "lora_unet_": ("unet.", "transformer.", "model.diffusion_model.", "diffusion_model."),
-    "lora_te_": ("text_encoder.", "cond_stage_model.transformer."),
+    "lora_te_": ("text_encoder.", "cond_stage_model.transformer.", "cond_stage_model.model."),
     "lora_te1_": ("text_encoder.", "conditioner.embedders.0.transformer."),
-    "lora_te2_": ("text_encoder_2.",),
+    "lora_te2_": ("text_encoder_2.", "conditioner.embedders.1.model."),
     "lora_te3_": ("text_encoder_3.",),
     "lycoris_": (),
 }
@@ -120,7 +122,7 @@ def _settle(file: SafetensorsFile, modules: list[_Module], host: Host | None) ->
     for module in modules:
         name = names[module.name]
         shape, rank = _shapes(file, module)
-        W = None if host is None else host.weights[name]
+        W = None if host is None else host.weights.get(name)
         if W is not None and _core(W.shape) != _core(shape):
             differing.append(f"{name} is {W.shape}, the adapter's tensors are for {shape}")
             continue
@@ -160,18 +162,17 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _resolved(file: SafetensorsFile, modules: list[_Module], host: Host) -> dict[str, str]:
     """Lora name → the base's weight whose name, flattened, it is; exactly one, or an error."""
-    flat: dict[str, list[str]] = {}
-    for weight in host.weights:
-        path, leaf = split_name(weight)
-        if leaf == "weight":
-            flat.setdefault(path.replace(".", "_"), []).append(weight)
+    flat, others = flattened(host.weights, host.names or default_names())
     found: dict[str, str] = {}
     lost, unclear = [], []
     for module in modules:
         prefix = _prefix(module.name)
         rest = module.name.removeprefix(prefix)
         starts = [p.replace(".", "_") for p in _COMPONENTS[prefix]]
-        hits = [w for start in ("", *starts) for w in flat.get(start + rest, [])]
+        wanted = [start + rest for start in ("", *starts)]
+        hits = [w for n in wanted for w in flat.get(n, [])]
+        if not hits:  # under the name that another tool has for it
+            hits = list(dict.fromkeys(w for n in wanted for w in others.get(n, [])))
         if len(hits) == 1:
             found[module.name] = hits[0]
         elif hits:

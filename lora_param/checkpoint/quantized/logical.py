@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.quantized.packed import Found, View
@@ -63,9 +64,9 @@ class QuantizedCheckpoint(Checkpoint):
         return weights
 
     @property
-    def model_type(self) -> str | None:
+    def config(self) -> Mapping[str, Any]:
         """The stored checkpoint's."""
-        return self.stored.model_type
+        return self.stored.config
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +110,8 @@ class QuantizedCheckpoint(Checkpoint):
 
 def logical(stored: Checkpoint) -> Checkpoint:
     """The checkpoint itself, or where it holds quantized weights that can be read, as numbers."""
+    if isinstance(stored, DistributedCheckpoint):  # of training: its packed weights are refused
+        return stored
     if isinstance(stored, GgufCheckpoint):
         return QuantizedCheckpoint(stored, stored.found())
     config, dtype = _config_of(stored)
