@@ -35,7 +35,9 @@ from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
 
-_FORMATS = "native, peft, portable, kohya, diffusers, loralib, minlora, torchtune, mlx or gguf."
+_FORMATS = (
+    "native, peft, portable, kohya, lycoris, diffusers, loralib, minlora, torchtune, mlx or gguf."
+)
 
 app = typer.Typer(
     name="lora-param",
