@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from lora_param.api_files import apply_checkpoint as apply_checkpoint
     from lora_param.api_files import bake_checkpoint as bake_checkpoint
     from lora_param.arithmetic.combine import combine as combine
-    from lora_param.arithmetic.diff import Diff as Diff
     from lora_param.arithmetic.diff import diff as diff
+    from lora_param.arithmetic.difference import Diff as Diff
     from lora_param.arithmetic.extract import ExtractReport as ExtractReport
     from lora_param.arithmetic.extract import extract as extract
     from lora_param.arithmetic.resize import resize as resize
@@ -66,7 +66,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "adapter",
     "BakeReport": "checkpoint.baked",
-    "Diff": "arithmetic.diff",
+    "Diff": "arithmetic.difference",
     "ExtractReport": "arithmetic.extract",
     "LoRA": "model.lora",
     "LoraParamError": "errors",

@@ -6,127 +6,29 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter
+from lora_param.arithmetic.difference import Diff, Difference
 from lora_param.arithmetic.pairs import Pair, pair_of
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.plan import plan_merging
 from lora_param.errors import OptionError
 from lora_param.formats import is_adapter, read_adapter
-from lora_param.printing import Printed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Diff", "Difference", "diff"]
+__all__ = ["diff"]
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int, str], None]
 
 _DIRECTIONS = 64  # how many directions a difference is searched for
 _NOTHING = 1e-4  # of the greatest singular value: what fp32 leaves of a zero one
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One weight or target that is not the same on both sides.
-
-    Attributes:
-        name: of the weight, or the target's key.
-        what: "values", or in words what cannot be compared: one side alone, shapes, dtypes.
-        changed: number of elements that differ.
-        total: number of elements.
-        norm: ‖a - b‖.
-        ratio: ‖a - b‖ / ‖b‖; infinite where b is 0.
-        rank: of a - b, where it is a matrix; None for more than 64, and where it was not looked at.
-        overlap: of two updates, how much of the smaller one's directions the other spans, from 0
-            to 1: the mean of the squared cosines of the principal angles between their column
-            spaces and between their row spaces (Hu et al. 2021, §7.2).
-    """
-
-    name: str
-    what: str = "values"
-    changed: int | None = None
-    total: int | None = None
-    norm: float | None = None
-    ratio: float | None = None
-    rank: int | None = None
-    overlap: float | None = None
-
-
-@dataclass(frozen=True, repr=False)
-class Diff(Printed):
-    """What `diff` found. It prints itself.
-
-    Attributes:
-        a: one side.
-        b: the other: with an adapter, what base and adapter should give.
-        kind: "adapters", "checkpoints" or "baked".
-        rows: what differs.
-        compared: number of weights or targets that both sides have.
-        notes: how they were compared, where that is not plain; one sentence each.
-    """
-
-    view: ClassVar[str] = "diff_view"
-
-    a: str
-    b: str
-    kind: str
-    rows: tuple[Difference, ...]
-    compared: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def same(self) -> bool:
-        """Nothing differs, not one bit."""
-        return not self.rows
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data, for JSON."""
-        return {
-            "a": self.a,
-            "b": self.b,
-            "kind": self.kind,
-            "same": self.same,
-            "compared": self.compared,
-            "notes": list(self.notes),
-            "differences": [asdict(row) for row in self.rows],
-        }
-
-    def to_html(self) -> str:
-        """A page with heat maps of layer × projection and all values in a table.
-
-        It needs nothing else, as the page of `Stats`.
-
-        Raises:
-            MissingPackageError: Matplotlib is not installed (`pip install 'lora_param[report]'`).
-        """
-        text: str = import_module("lora_param.report.page.compared").compared_page(self)
-        return text
-
-    def write_html(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write what `to_html` gives to a file, atomically.
-
-        Args:
-            path: where it goes.
-            force: replace a page that exists.
-
-        Raises:
-            MissingPackageError: Matplotlib is not installed.
-            OutputError: the file exists (without force) or is no page, or cannot be written.
-        """
-        rendering = import_module("lora_param.report.page.rendering")
-        rendering.check_page(path, force=force)
-        rendering.write_page(path, self.to_html(), force=force)
-
-    def __repr__(self) -> str:
-        found = "the same" if self.same else f"{len(self.rows)} differ"
-        return f"<Diff of {self.kind}: {found} of {self.compared}>"
 
 
 def diff(

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from lora_param.arithmetic.combine import Compressed
-from lora_param.arithmetic.diff import Diff, Difference
+from lora_param.arithmetic.difference import Diff, Difference
 from lora_param.arithmetic.extract import ExtractReport
 from lora_param.report import figures
 from lora_param.report.collapse import collapse
