@@ -51,6 +51,7 @@ from lora_param.errors import (
     UnchangedError,
 )
 from lora_param.files.locks import State, locked
+from lora_param.files.places import writable
 from lora_param.files.writer import check_output, replace_directory, replace_file
 from lora_param.printing import Printed
 from lora_param.weight.blocks import one_thread
@@ -329,7 +330,7 @@ def _form(checkpoint: Checkpoint, options: BakeOptions) -> Form | None:
 
 def _held(base: Path_) -> AbstractContextManager[State | None]:
     """The lock of what is read and replaced in place: a second bake of it waits for the first."""
-    path = Path(base)
+    path = writable(base)
     return locked(path.parent if path.name.endswith(".index.json") else path)
 
 
@@ -338,7 +339,7 @@ def _place(checkpoint: Checkpoint, base: Path_, out: Path_ | None, in_place: boo
     if isinstance(checkpoint.path, str):
         if out is None or in_place:
             raise OutputError(base, "a model that a call builds needs an output file of its own")
-        return Path(out)
+        return writable(out)
     own = checkpoint.path
     if out is None:
         if not in_place:
@@ -349,7 +350,7 @@ def _place(checkpoint: Checkpoint, base: Path_, out: Path_ | None, in_place: boo
         raise OutputError(out, "it is the input; give another path, or in_place=True (--in-place)")
     if in_place and not same:
         raise OptionError("out", str(out), "nothing but the input, with in_place=True")
-    return own if in_place else Path(out)
+    return own if in_place else writable(out)
 
 
 def _check_place(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,10 +90,22 @@ class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
         """Fingerprint of one entry; reads no more than the sampled elements."""
         return tensor_base_weight(self[name])
 
-    def fingerprint(self, names: Iterable[str] | None = None) -> dict[str, BaseWeight]:
-        """Fingerprints by name, of the entries named (names it lacks are left out) or of all."""
+    def fingerprint(
+        self, names: Iterable[str] | None = None, hashed: Container[str] | None = None
+    ) -> dict[str, BaseWeight]:
+        """Fingerprints by name, of the entries named (names it lacks are left out) or of all.
+
+        Args:
+            names: which.
+            hashed: those whose values are sampled; None for all. Of the others nothing is read.
+        """
         wanted = self if names is None else [n for n in dict.fromkeys(names) if n in self]
-        return {name: self.base_weight(name) for name in wanted}
+        return {
+            name: self.base_weight(name)
+            if hashed is None or name in hashed
+            else BaseWeight(self.weights[name].shape, self.weights[name].dtype)
+            for name in wanted
+        }
 
     def close(self) -> None:
         """Let go of open files; tensors already given out stay valid."""

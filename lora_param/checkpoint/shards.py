@@ -13,6 +13,7 @@ from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.errors import BrokenFileError, UnknownFileError, listed
 from lora_param.files.distributed import METADATA, leads_outside
+from lora_param.files.places import fetched, place
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.weights import Weight
 
@@ -50,7 +51,7 @@ class DirectoryCheckpoint(Checkpoint):
     path: Path
 
     def __init__(self, path: str | os.PathLike[str], key: str | None = None) -> None:
-        given = Path(path)
+        given = place(path)
         found = find_weights(given) if given.is_dir() else given
         self.path = given if given.is_dir() else given.parent
         self.index: Path | None = found if found.name.endswith(".json") else None
@@ -115,7 +116,7 @@ class DirectoryCheckpoint(Checkpoint):
 def _open_part(path: Path, key: str | None) -> SafetensorsCheckpoint | PickleCheckpoint:
     if path.suffix == ".safetensors":
         return SafetensorsCheckpoint(path)
-    return PickleCheckpoint(path, key)
+    return PickleCheckpoint(fetched(path), key)
 
 
 def model_type_in(directory: Path) -> str | None:

@@ -10,11 +10,11 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lora_param.consumers.contents import Contents, Module, read_contents
 from lora_param.errors import BrokenFileError, listed
+from lora_param.files.places import place
 from lora_param.names.resolve import resolve
 from lora_param.names.table import Names, default_names
 from lora_param.targets.weights import Weight
@@ -46,7 +46,7 @@ def gather(
         UnknownFileError: it is no adapter.
         BrokenFileError: a file is damaged.
     """
-    source = read_contents(Path(path))
+    source = read_contents(place(path))
     kind, modules = source.kind, source.modules
     facts: dict[str, Any] = {"kind": kind, "peft": kind == "peft", "keys": len(source.shapes)}
     facts |= _of_names(source)

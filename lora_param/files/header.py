@@ -11,11 +11,13 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lora_param.errors import BrokenFileError, MissingFileError, OutputError
+from lora_param.files.places import FarPath, place
 
 __all__ = [
     "DTYPES",
@@ -117,10 +119,23 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         MissingFileError: there is no such file.
         BrokenFileError: the file is not a whole and consistent safetensors file.
     """
-    path = Path(path)
+    path = place(path)
+    if isinstance(path, FarPath):
+        return _read_far(path, path.stat())
+    return _read(path)
+
+
+@lru_cache(maxsize=128)
+def _read_far(path: FarPath, _: os.stat_result) -> Header:
+    """Once for each state of a file: several look at a header before it is known what it is."""
+    return _read(path)
+
+
+def _read(path: Path) -> Header:
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             if size < 8:
                 raise _RejectedError(
                     f"it has {size} bytes, and the length of a safetensors header alone takes 8"

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lora_param.errors import BrokenFileError, OutputError
 from lora_param.files.header import DTYPES, Entry, Header, encode_header, read_header
+from lora_param.files.places import FarPath, place
 from lora_param.files.writer import replace_file
 from lora_param.fingerprint import BaseWeight, hash_sample, sample_positions
 
@@ -52,7 +53,7 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
     path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = place(path)
         self.header: Header = read_header(self.path)
         self._state = self._stat()
         self._handle: Any = None
@@ -94,6 +95,8 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         from safetensors import SafetensorError, safe_open
 
         entry = self.header.entries[name]
+        if isinstance(self.path, FarPath):
+            return _tensor(self._fetch(entry), entry, self.path, name)
         try:
             if self._handle is None:
                 self.check_unchanged()
@@ -113,6 +116,8 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         size = np.dtype(dtype).itemsize
         if e.start == e.stop:
             return np.empty(0, dtype)
+        if isinstance(self.path, FarPath):
+            return np.frombuffer(self._fetch(e), dtype)
         self.check_unchanged()
         return np.memmap(
             self.path,
@@ -121,6 +126,15 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
             offset=self.header.start + e.start,
             shape=((e.stop - e.start) // size,),
         )
+
+    def _fetch(self, entry: Entry) -> bytearray:
+        """The bytes of a tensor that is not on this machine."""
+        assert isinstance(self.path, FarPath)
+        if self._handle is None:
+            self.check_unchanged()
+            self._handle = self.path
+        start = self.header.start
+        return bytearray(self.path.read_range(start + entry.start, start + entry.stop))
 
     def raw(self, name: str) -> bytes:
         """The bytes of a tensor; for small ones that are no numbers."""
@@ -150,6 +164,19 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
     def close(self) -> None:
         """Let go of the mapping; tensors already given out stay valid."""
         self._handle = None
+
+
+def _tensor(data: bytearray, entry: Entry, path: Path, name: str) -> torch.Tensor:
+    """A tensor over bytes as a file has them."""
+    import torch
+
+    dtype = getattr(torch, entry.torch_dtype, None)
+    if dtype is None:
+        raise BrokenFileError(path, f"{name} of dtype {entry.dtype} cannot be read")
+    if not data:
+        return torch.empty(entry.torch_shape, dtype=dtype)
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    return flat.view(dtype).reshape(entry.torch_shape)
 
 
 def tensor_bytes(content: torch.Tensor | bytes | memoryview) -> bytes | memoryview:

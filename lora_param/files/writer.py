@@ -25,6 +25,7 @@ from typing import IO
 
 from lora_param.errors import BrokenFileError, FileError, OutputError, escaped
 from lora_param.files.locks import HAS_LOCKS, State, is_at, locked, release, state_of, take
+from lora_param.files.places import writable
 
 __all__ = ["check_output", "copy_range", "replace_directory", "replace_file"]
 
@@ -46,8 +47,10 @@ def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool =
 
     Raises:
         OutputError: it exists (without force), is a directory where a file is to be written or
-            the reverse, or the directory that would hold it is missing or not writable.
+            the reverse, or the directory that would hold it is missing, not writable or not on
+            this machine.
     """
+    path = writable(path)
     try:
         real = Path(os.path.realpath(path))
         exists = real.exists()

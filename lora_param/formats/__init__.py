@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from lora_param.adapter import Adapter
 from lora_param.errors import MissingFileError, NoFormError, OptionError
+from lora_param.files.places import place, writable
 from lora_param.formats import kohya, native, peft, portable
 from lora_param.formats.base import Format
 from lora_param.formats.native import check_adapter_name
@@ -39,7 +39,8 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     Raises:
         BrokenFileError: the file is damaged.
     """
-    return any(f.recognise(Path(path)) for f in FORMATS.values())
+    found = place(path)
+    return any(f.recognise(found) for f in FORMATS.values())
 
 
 def read_adapter(
@@ -51,7 +52,8 @@ def read_adapter(
     """Read an adapter of any format; its tensors are read when they are asked for.
 
     Args:
-        path: a native adapter file, a directory or file of PEFT, or a file of kohya's sd-scripts.
+        path: a native adapter file, a directory or file of PEFT, or a file of kohya's sd-scripts;
+            or a URL of one (see `place`).
         layout: "out-in" or "in-out": how the base stores square weights, for a file that does not
             tell and a base whose classes are unknown.
         names: a file of further rules between the adapter's names and a base's.
@@ -63,7 +65,7 @@ def read_adapter(
         UnknownFileError: it is no adapter, or one of a format that is not supported.
         NoFormError: it has something that has no form here.
     """
-    path = Path(path)
+    path = place(path)
     if not path.exists():
         raise MissingFileError(path, ACCEPTED)
     for known in FORMATS.values():
@@ -99,7 +101,7 @@ def write_adapter(
     name = native.FORMAT.name if format is None else format
     if name not in FORMATS:
         raise OptionError("format", format, ", ".join(FORMATS))
-    FORMATS[name].write(adapter, Path(path), force=force, sync=sync)
+    FORMATS[name].write(adapter, writable(path), force=force, sync=sync)
 
 
 def toggle_file(
@@ -125,7 +127,7 @@ def toggle_file(
         TargetError: a pattern cannot be read or matches none of the targets.
         FileError: as for `read_adapter`; or the file cannot be written.
     """
-    path = Path(path)
+    path = writable(path)
     if not path.exists() or not native.FORMAT.recognise(path):
         found = read_adapter(path)  # says what is wrong with it
         raise NoFormError(
