@@ -120,9 +120,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         BrokenFileError: the file is not a whole and consistent safetensors file.
     """
     path = place(path)
-    if isinstance(path, FarPath):
-        return _read_far(path, path.stat())
-    return _read(path)
+    try:
+        return _read_far(path, path.stat()) if isinstance(path, FarPath) else _read(path)
+    except FileNotFoundError:
+        raise MissingFileError(path, "a .safetensors file") from None
+    except _RejectedError as rejected:
+        raise BrokenFileError(path, str(rejected)) from None
+    except OSError as error:
+        raise BrokenFileError(path, error.strerror or str(error)) from error
 
 
 @lru_cache(maxsize=128)
@@ -132,35 +137,28 @@ def _read_far(path: FarPath, _: os.stat_result) -> Header:
 
 
 def _read(path: Path) -> Header:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            if size < 8:
-                raise _RejectedError(
-                    f"it has {size} bytes, and the length of a safetensors header alone takes 8"
-                )
-            first = file.read(8)
-            (length,) = struct.unpack("<Q", first)
-            if length > MAX_HEADER:
-                if first.startswith(TORCH_SAVE):
-                    raise _RejectedError("it is a file of torch.save; rename it to end in .pt")
-                raise _RejectedError(
-                    f"its header would be {length:,} bytes long, and {MAX_HEADER:,} is the limit"
-                )
-            if 8 + length > size:
-                raise _RejectedError(
-                    f"its header would be {length:,} bytes long, and the file has {size:,}: "
-                    "it is truncated, or no safetensors file"
-                )
-            text = file.read(length)
-        return _parse(text, size)
-    except FileNotFoundError:
-        raise MissingFileError(path, "a .safetensors file") from None
-    except _RejectedError as rejected:
-        raise BrokenFileError(path, str(rejected)) from None
-    except OSError as error:
-        raise BrokenFileError(path, error.strerror or str(error)) from error
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if size < 8:
+            raise _RejectedError(
+                f"it has {size} bytes, and the length of a safetensors header alone takes 8"
+            )
+        first = file.read(8)
+        (length,) = struct.unpack("<Q", first)
+        if length > MAX_HEADER:
+            if first.startswith(TORCH_SAVE):
+                raise _RejectedError("it is a file of torch.save; rename it to end in .pt")
+            raise _RejectedError(
+                f"its header would be {length:,} bytes long, and {MAX_HEADER:,} is the limit"
+            )
+        if 8 + length > size:
+            raise _RejectedError(
+                f"its header would be {length:,} bytes long, and the file has {size:,}: "
+                "it is truncated, or no safetensors file"
+            )
+        text = file.read(length)
+    return _parse(text, size)
 
 
 def _parse(raw: bytes, size: int) -> Header:

@@ -37,12 +37,19 @@ def find_cached(url: str) -> Path | str:
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.constants import HF_HUB_CACHE
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import (
+            HFValidationError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
     except ImportError:
         raise MissingPackageError(url, "huggingface_hub", "lora_param[hub]") from None
     repository, inside = match["id"], match["inside"] or ""
     revision = unquote(match["revision"] or "main")
-    known = _in_cache(repository, revision, inside)
+    try:
+        known = _in_cache(repository, revision, inside)
+    except HFValidationError as error:
+        raise BrokenFileError(url, str(error).rstrip(".")) from None
     if known is not None and _COMMIT.fullmatch(revision):
         return known
     try:

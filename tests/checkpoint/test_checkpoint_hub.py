@@ -164,6 +164,13 @@ def test_what_is_not_cached_is_one_sentence_without_network(files):
     assert "not in the cache" in run(files, "stats", "hf://o/model", status=1)
 
 
+def test_what_is_no_name_of_a_repository_is_told(files):
+    statuses, said = run_each(files, ("stats", "hf://o/na me"), ("stats", "hf://o"))
+    assert statuses == [1, 1]
+    assert "hf://o/na me cannot be read: Repo id must use" in said[0]
+    assert "hf://o cannot be read" in said[1]
+
+
 def test_without_the_package_one_sentence():
     code = (
         "import sys; sys.modules['huggingface_hub'] = None; import lora_param as lp\n"

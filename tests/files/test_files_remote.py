@@ -8,7 +8,8 @@ import fsspec
 import pytest
 
 import lora_param as lp
-from lora_param.errors import BrokenFileError, OutputError
+from lora_param.errors import BrokenFileError, MissingFileError, OutputError
+from lora_param.files.header import read_header
 from lora_param.files.places import FarPath, fetched, files_below, is_far, place
 from lora_param.files.writer import check_output
 
@@ -61,6 +62,8 @@ def test_a_place_answers_as_a_path_does(memory):
     assert pickle.loads(pickle.dumps(x)) == x
     with pytest.raises(FileNotFoundError):
         (here / "nothing").read_bytes()
+    with pytest.raises(MissingFileError, match=r"memory://m/nothing does not exist"):
+        read_header(here / "nothing")
     with pytest.raises(IsADirectoryError):
         here.open("rb")
 
@@ -75,8 +78,10 @@ def test_a_copy_for_the_time_being(memory):
 
 
 def test_what_cannot_be_reached_is_one_sentence():
-    with pytest.raises(BrokenFileError, match="Protocol not known: nope"):
-        lp.stats("nope://x/y")
+    for call in (lp.stats, lp.read_adapter, read_header, lp.plan):
+        with pytest.raises(BrokenFileError) as caught:
+            call("nope://x/y")
+        assert str(caught.value) == "nope://x/y cannot be read: Protocol not known: nope."
     with pytest.raises(BrokenFileError, match="install gdrive_fs"):
         lp.stats("gdrive://x/y.safetensors")
 
