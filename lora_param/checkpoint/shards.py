@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_param.checkpoint.base import Checkpoint, packed_reason
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.errors import BrokenFileError, UnknownFileError, listed
 from lora_param.files.distributed import METADATA, leads_outside
-from lora_param.files.places import fetched, place
+from lora_param.files.places import fetched, is_far, place
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.weights import Weight
 
@@ -33,6 +34,9 @@ _KNOWN = (
 )
 _SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _MAX_INDEX = 100_000_000
+_AT_ONCE = 16  # shards that are asked for over a network
+
+T = TypeVar("T")
 
 
 class DirectoryCheckpoint(Checkpoint):
@@ -61,8 +65,9 @@ class DirectoryCheckpoint(Checkpoint):
             self._home = dict.fromkeys(self.parts[found.name], found.name)
         else:
             self._home = read_index(self.index)
-            for name in dict.fromkeys(self._home.values()):
-                self.parts[name] = _open_part(self.path / name, key)
+            names = list(dict.fromkeys(self._home.values()))
+            opened = _for_each(names, lambda name: _open_part(self.path / name, key), self.path)
+            self.parts |= zip(names, opened, strict=True)
             _check_index(self.index, self._home, self.parts)
         self.key = next((p.key for p in self.parts.values()), "")
 
@@ -176,14 +181,27 @@ def read_index(path: Path) -> dict[str, str]:
             )
         if PurePosixPath(shard).suffix not in _SINGLE:
             raise BrokenFileError(path, f"it names the shard {shard!r}, which is no weights file")
+    shards = list(dict.fromkeys(mapping.values()))
+
+    def is_there(shard: str) -> bool:
         try:
-            found = (path.parent / shard).is_file()
+            return (path.parent / shard).is_file()
         except OSError as error:  # a name too long
             why = error.strerror
             raise BrokenFileError(path, f"it names the shard {shard!r:.80} ({why})") from None
+
+    for shard, found in zip(shards, _for_each(shards, is_there, path), strict=True):
         if not found:
             raise BrokenFileError(path, f"it names the shard {shard!r}, which is missing")
     return mapping
+
+
+def _for_each(names: Iterable[str], call: Callable[[str], T], where: Path) -> list[T]:
+    """What the call gives for each name; several at once where each answer takes its time."""
+    if not is_far(where):
+        return [call(name) for name in names]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(call, names))
 
 
 def _is_text(name: str) -> bool:
