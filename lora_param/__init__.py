@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lora_param.arithmetic.diff import diff as diff
     from lora_param.arithmetic.extract import ExtractReport as ExtractReport
     from lora_param.arithmetic.extract import extract as extract
-    from lora_param.checkpoint.bake import BakeReport as BakeReport
+    from lora_param.checkpoint.baked import BakeReport as BakeReport
     from lora_param.consumers.check import check as check
     from lora_param.consumers.verdict import Verdict as Verdict
     from lora_param.errors import LoraParamError as LoraParamError
@@ -65,7 +65,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "adapter",
-    "BakeReport": "checkpoint.bake",
+    "BakeReport": "checkpoint.baked",
     "Diff": "arithmetic.diff",
     "ExtractReport": "arithmetic.extract",
     "LoRA": "model.lora",

@@ -16,7 +16,7 @@ from lora_param.fingerprint import BaseWeight
 from lora_param.names.table import Names
 from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
-from lora_param.targets.settings import INITIAL, VARIANTS, Settings
+from lora_param.targets.settings import INITIAL, Settings
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Host:
         value: gives a weight's numbers, dense; for what depends on them.
         model_type: the kind of model, where its config says so.
         names: rules between names, where others than the packaged ones are to be used.
+        config: the model's config.json, where there is one.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Host:
     value: Callable[[str], Tensor]
     model_type: str | None = None
     names: Names | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LazyTensors(Mapping[str, "Tensor"]):
@@ -140,6 +142,7 @@ class Adapter:
         format: the name of the format it was read from, or "native".
         notes: what could not be checked, or is left out; one sentence each.
         weights_at_hand: the weights of the base that it is on, where there is one.
+        config_at_hand: the config of that base.
         settle: settles for a base what the file leaves open; None where nothing is.
         names: rules between its names and a base's, where others than the packaged ones are given.
     """
@@ -153,6 +156,7 @@ class Adapter:
     format: str = "native"
     notes: tuple[str, ...] = ()
     weights_at_hand: Mapping[str, Weight] = field(repr=False, default_factory=dict)
+    config_at_hand: Mapping[str, Any] = field(repr=False, default_factory=dict)
     settle: Callable[[Host], Adapter] | None = field(repr=False, default=None)
     names: Names | None = field(repr=False, default=None)
 
@@ -163,7 +167,12 @@ class Adapter:
             AdapterError: it does not fit, or fits in several ways.
         """
         settled = self if self.settle is None else self.settle(host)
-        return replace(settled, weights_at_hand=host.weights, names=self.names)
+        return replace(
+            settled,
+            weights_at_hand=host.weights,
+            config_at_hand=host.config,
+            names=self.names,
+        )
 
     def factors(self, key: str) -> dict[str, Tensor]:
         """The tensors of one target, by their short names."""
@@ -182,7 +191,7 @@ class Adapter:
 
     def tensor_names(self, key: str) -> list[str]:
         """The short names of one target's tensors."""
-        named = (*VARIANTS[self.targets[key].settings.variant], *INITIAL)
+        named = (*self.targets[key].settings.axes, *INITIAL)
         return [n for n in named if f"{key}.{n}" in self.tensors]
 
     def weights(self) -> dict[str, Weight]:
@@ -262,6 +271,9 @@ def check_fit(
         raise FingerprintError(adapter.source, base_name, differing)
 
 
+_FACTORS = ("lora_", "hada_", "lokr_", "oft_", "diff")
+"""How the names of tensors begin that make an update zero where they are."""
+
 _ROUNDING = 1e-5  # of ‖W‖: what rounding alone makes of an update that is zero
 
 
@@ -270,8 +282,8 @@ def is_dead(
 ) -> bool:
     """A target's update is zero because its factors have not been trained.
 
-    A variant multiplies its factors, whose names begin with `lora_`: one that is zero makes the
-    update zero, or leaves what else it has (DoRA's magnitude) to the norms.
+    A variant multiplies its factors: one that is zero makes the update zero, or leaves what else
+    it has (DoRA's magnitude) to the norms.
 
     Args:
         tensors: the target's tensors or arrays, by their short names.
@@ -284,7 +296,7 @@ def is_dead(
     if all(n in tensors for n in INITIAL):  # they start at a difference of equals
         untrained = all(bool((tensors[i] == tensors[f]).all()) for i, f in INITIAL.items())
     else:
-        untrained = not all(bool(t.any()) for n, t in tensors.items() if n.startswith("lora_"))
+        untrained = not all(bool(t.any()) for n, t in tensors.items() if n.startswith(_FACTORS))
     if not untrained or update_norm is None or weight_norm is None:
         return untrained
     return not update_norm > _ROUNDING * weight_norm  # of NaN nothing is known: untrained

@@ -8,6 +8,7 @@ of the lines say what the arguments are: the functions are short, and their list
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,20 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from lora_param.adapter import Adapter, AdapterTarget, Host, check_name
-from lora_param.arithmetic.approximate import PLAIN, approximate
+from lora_param.arithmetic.approximate import approximate
 from lora_param.arithmetic.combine import Compressed
 from lora_param.checkpoint.fit import check_checkpoint
+from lora_param.checkpoint.fit import host_of as checkpoint_host
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import NoAdapterError, OptionError, OutputError
 from lora_param.formats import (
+    FORMATS,
     is_adapter,
     read_adapter,
     toggle_file,
     write_adapter,
 )
-from lora_param.formats.kohya import LAYERS as KOHYA_LAYERS
 from lora_param.formats.peft.kinds import kinds_of
-from lora_param.formats.portable import SERVED
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.stats import Stats
@@ -99,6 +100,7 @@ def stats(
     key: str | None = None,
     check_fingerprint: bool = True,
     layout: str | None = None,
+    alpha: float | None = None,
     progress: Progress | None = None,
 ) -> Stats:
     """What is adapted, what trains, how strong the updates are, what is disabled or still zero.
@@ -110,7 +112,7 @@ def stats(
         norms: measure ‖ΔW‖, effective rank, and ‖W‖ where the base is at hand.
         key: which nested state dict of a pickled checkpoint.
         check_fingerprint: refuse a base that the adapter was not made on.
-        layout: as for `read_adapter`.
+        layout, alpha: as for `read_adapter`.
         progress: called with targets done, targets in all and the target's name.
 
     Returns:
@@ -130,7 +132,7 @@ def stats(
         return _live_stats(model_or_path, adapter, norms, progress)
     path = model_or_path
     if adapter is None and is_adapter(path):
-        record = read_adapter(path, layout=layout)
+        record = read_adapter(path, layout=layout, alpha=alpha)
         notes = _notes(record)
         return collect(
             None,
@@ -144,7 +146,10 @@ def stats(
     with open_checkpoint(path, key) as checkpoint:
         if adapter is None:
             return collect(checkpoint.weights, [], source=str(path), name=_name(path))
-        record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, layout=layout)
+        if isinstance(adapter, Adapter):
+            record = adapter
+        else:
+            record = read_adapter(adapter, layout=layout, alpha=alpha)
         record = check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
         return collect(
             checkpoint.weights,
@@ -358,6 +363,7 @@ def load(
     freeze: bool = True,
     check_fingerprint: bool = True,
     layout: str | None = None,
+    alpha: float | None = None,
 ) -> Model:
     """Load an adapter file onto a model.
 
@@ -366,14 +372,15 @@ def load(
 
     Args:
         model: a plain or an adapted model.
-        path: the adapter file, or a directory or file of PEFT.
+        path: the adapter's file or directory, of any format that `read_adapter` takes.
         adapter: the name to load it under.
         strict: every tensor of the file is used and every target of the model filled. False loads
             what both sides have into an existing adapter, with a warning that counts the rest.
         freeze: set requires_grad to False on everything but the factors.
         check_fingerprint: refuse a base with other dtypes or values than it was made on. A file of
-            another tool does not say what that was: names and shapes alone are compared then.
-        layout: as for `read_adapter`.
+            another tool does not say what that was: names and shapes alone are compared then, and
+            the logger "lora_param" says so.
+        layout, alpha: as for `read_adapter`.
 
     Returns:
         The model.
@@ -388,11 +395,15 @@ def load(
     from lora_param.model.record import load_into
     from lora_param.model.sites import adapter_names
 
-    record = read_adapter(path, layout=layout)
+    record = read_adapter(path, layout=layout, alpha=alpha)
     if adapter in adapter_names(model):
         load_into(model, record, adapter, strict=strict, check_fingerprint=check_fingerprint)
-        return model
-    return attach(model, record, adapter, freeze=freeze, check_fingerprint=check_fingerprint)
+    else:
+        attach(model, record, adapter, freeze=freeze, check_fingerprint=check_fingerprint)
+    if not any(b.hash for b in record.base.values()):
+        told = "%s does not say what base it was made on: names and shapes alone were compared."
+        logging.getLogger("lora_param").warning(told, record.source)
+    return model
 
 
 def convert(
@@ -402,6 +413,8 @@ def convert(
     *,
     base: nn.Module | PathLike | None = None,
     layout: str | None = None,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
     key: str | None = None,
     lossy: bool = False,
     rank: int | None = None,
@@ -414,11 +427,13 @@ def convert(
 
     Args:
         adapter: a record, or the path of one in any format that `read_adapter` takes.
-        to: a name of `FORMATS`: "native", "peft", "portable" (what every server takes), "kohya".
-        out: the file to write, for "peft" and "portable" the directory.
+        to: a name of `FORMATS`: "native", "peft", "portable" (what every server takes), "kohya",
+            "lycoris" (kohya's form, with what LyCORIS has beside LoRA), "diffusers", "loralib",
+            "minlora", "torchtune", "mlx", "gguf".
+        out: the file to write, for "peft", "portable" and "mlx" the directory.
         base: the model or the checkpoint that it is for. A file of another tool leaves open what
             only the base tells, such as how it stores its weights; PEFT's depends on its layers.
-        layout: as for `read_adapter`.
+        layout, alpha, enable_lora: as for `read_adapter`.
         key: which nested state dict of a pickled checkpoint.
         lossy: where the format has no form for something, write the nearest that it has: other
             variants as plain LoRA of their rank, copies and layers without a form left out.
@@ -442,20 +457,23 @@ def convert(
     """
     if rank is not None and not lossy:
         raise OptionError("rank", rank, "nothing without --lossy (lossy=True)")
-    record = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, layout=layout)
+    if isinstance(adapter, Adapter):
+        record = adapter
+    else:
+        record = read_adapter(adapter, layout=layout, alpha=alpha, enable_lora=enable_lora)
 
     def written(record: Adapter, host: Host | None) -> Adapter:
         record.check_finite()
         if lossy:
             record = _nearest(record, to, host, rank, report)
         write_adapter(record, out, to, force=force, sync=sync)
-        return record
+        unsaid = FORMATS[to].unsaid(record)
+        return replace(record, notes=(*record.notes, unsaid)) if unsaid else record
 
     if isinstance(base, (str, os.PathLike)):
         with open_checkpoint(base, key) as checkpoint:
             record = check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
-            host = Host(str(base), checkpoint.weights, checkpoint.__getitem__)
-            return written(replace(record, weights_at_hand=host.weights), host)
+            return written(_at_hand(record, host := checkpoint_host(checkpoint)), host)
     if base is not None:
         from lora_param.model.record import check_base, host_of
         from lora_param.model.sites import unwrapped
@@ -463,8 +481,12 @@ def convert(
         model = unwrapped(base)
         record = check_base(model, record, check_fingerprint)
         host = host_of(model)
-        return written(replace(record, weights_at_hand=host.weights), host)
+        return written(_at_hand(record, host), host)
     return written(record, None)
+
+
+def _at_hand(record: Adapter, host: Host) -> Adapter:
+    return replace(record, weights_at_hand=host.weights, config_at_hand=host.config)
 
 
 def _nearest(
@@ -475,13 +497,12 @@ def _nearest(
     report: Callable[[Compressed], None] | None,
 ) -> Adapter:
     """What a format has a form for; all of it where nothing is lost."""
-    if rank is None and to not in ("portable", "kohya"):
+    form = FORMATS[to]
+    if rank is None and form.layers is None:
         return record
-    kinds = kinds_of(record) if to in ("portable", "kohya") else {}
-    served = SERVED if to == "portable" else KOHYA_LAYERS if to == "kohya" else None
+    kinds = {} if form.layers is None else kinds_of(record)
 
     def has_form(t: AdapterTarget) -> bool:
-        return served is None or kinds.get(t.target.name) in served
+        return form.layers is None or kinds.get(t.target.name) in form.layers
 
-    exact = (*PLAIN, "dora", "dora_columns") if to == "kohya" else PLAIN
-    return approximate(record, host, has_form, exact=exact, rank=rank, report=report)
+    return approximate(record, host, has_form, exact=form.exact, rank=rank, report=report)

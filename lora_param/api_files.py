@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from lora_param.adapter import Adapter, check_name
-from lora_param.checkpoint.bake import BakeOptions, BakeReport, bake_adapters
+from lora_param.checkpoint.bake import bake_adapters
+from lora_param.checkpoint.baked import BakeReport
 from lora_param.checkpoint.create import create_adapter
+from lora_param.checkpoint.options import BakeOptions
 from lora_param.checkpoint.unpacking import Form
 from lora_param.errors import OutputError
 from lora_param.files.writer import check_output
@@ -103,11 +105,13 @@ def bake_checkpoint(
     verify: bool = False,
     require_change: bool = False,
     layout: str | None = None,
+    alpha: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     max_shard_size: int | str | None = None,
     link: bool = False,
     quantized: Form | None = None,
     original: PathLike | None = None,
+    resume: bool = False,
 ) -> BakeReport:
     """Write W + ΔW where W stood: a checkpoint of the base's names, shapes, shards and other files.
 
@@ -125,7 +129,7 @@ def bake_checkpoint(
         verify: read the result again and compare each tensor, before it takes its place.
         require_change: refuse to write a result in which no element is changed although targets
             are enabled: their updates are zero, or too small for the stored dtype.
-        layout: as for `read_adapter`.
+        layout, alpha: as for `read_adapter`.
         progress: called with bytes done, bytes in all, and the name of what was done.
         max_shard_size: divide the weights of a directory of safetensors anew, into files of at
             most so many bytes (or e.g. "5GB"); a weight that is larger has a file of its own.
@@ -136,6 +140,9 @@ def bake_checkpoint(
             is refused where less than half of an update is left, unless `force` is given.
         original: the checkpoint that a quantized base was made of; the report then says how large
             the error of its quantization is against the updates.
+        resume: go on with a bake to the same output that was killed, where base, adapters and
+            settings are the same: what it had written is kept, and the result is the same to the
+            bit. What is left of another bake is not used. The report's notes say which it was.
 
     Raises:
         UnchangedError: see `require_change`.
@@ -160,16 +167,19 @@ def bake_checkpoint(
         link=link,
         quantized=quantized,
         original=original,
+        resume=resume,
     )
-    return bake_adapters(base, _pairs(adapters, layout), out, options)
+    return bake_adapters(base, _pairs(adapters, layout, alpha), out, options)
 
 
-def _pairs(adapters: Adapters, layout: str | None) -> list[tuple[Adapter, float]]:
+def _pairs(
+    adapters: Adapters, layout: str | None, alpha: float | None
+) -> list[tuple[Adapter, float]]:
     if isinstance(adapters, str | os.PathLike | Adapter):
         adapters = [adapters]
     items = adapters.items() if isinstance(adapters, Mapping) else adapters
     pairs = (item if isinstance(item, tuple) else (item, 1.0) for item in items)
     return [
-        (a if isinstance(a, Adapter) else read_adapter(a, layout=layout), float(w))
+        (a if isinstance(a, Adapter) else read_adapter(a, layout=layout, alpha=alpha), float(w))
         for a, w in pairs
     ]

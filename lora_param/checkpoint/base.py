@@ -62,9 +62,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
         return sum(t.numel() * t.element_size() for t in self.values())
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """What a config.json beside it says; empty where there is none."""
+        return {}
+
+    @property
     def model_type(self) -> str | None:
-        """What kind of model it is, where a config beside it says so."""
-        return None
+        """What kind of model it is, where its config says so."""
+        kind = self.config.get("model_type")
+        return kind if isinstance(kind, str) else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

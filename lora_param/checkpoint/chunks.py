@@ -24,7 +24,7 @@ from lora_param.checkpoint.output import copy_beside, link_file
 from lora_param.checkpoint.streaming import Copied, jobs_of
 from lora_param.errors import BrokenFileError
 from lora_param.files.distributed import Chunk
-from lora_param.files.placed import PlacedFile
+from lora_param.files.placed import PlacedFile, open_placed
 from lora_param.files.safetensors import tensor_bytes
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _copies(
         place.parent.mkdir(parents=True, exist_ok=True)
         if merging.link and name not in touched and link_file(source, place):
             continue
-        file: IO[bytes] = files.enter_context(place.open("x+b"))
+        file: IO[bytes] = files.enter_context(open_placed(place))
         size = source.stat().st_size
         jobs = jobs_of(merging, PlacedFile(file, size), [Copied(source, 0, size, 0)])
         yield from followed(jobs, file.close)

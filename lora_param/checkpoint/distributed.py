@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_param.checkpoint.base import Checkpoint, packed_reason
 from lora_param.checkpoint.pickle import choose_state_dict, find_state_dicts
-from lora_param.checkpoint.shards import model_type_in
+from lora_param.checkpoint.shards import config_in
 from lora_param.errors import BrokenFileError, FileError, UnsafePickleError
 from lora_param.files.distributed import DistributedIndex, StoredTensor, read_index
 from lora_param.targets.weights import Weight
@@ -71,9 +71,9 @@ class DistributedCheckpoint(Checkpoint):
         return sum(self.entry(name).nbytes for name in self.stored)
 
     @property
-    def model_type(self) -> str | None:
-        """The config's model_type, where a config lies beside the index."""
-        return model_type_in(self.path)
+    def config(self) -> Mapping[str, Any]:
+        """The config.json beside the index."""
+        return config_in(self.path)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         import torch

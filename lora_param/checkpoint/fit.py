@@ -8,10 +8,17 @@ from lora_param.adapter import Adapter, Host, check_fit
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.errors import MismatchError, UnsuitableWeightError
 from lora_param.names.fit import fitted
+from lora_param.names.table import Names
 
-__all__ = ["check_checkpoint"]
+__all__ = ["check_checkpoint", "host_of"]
 
 _SHOWN = 5  # names for which the nearest is looked up, as many as a message lists
+
+
+def host_of(base: Checkpoint, names: Names | None = None) -> Host:
+    """The checkpoint, as an adapter of another tool is settled for it."""
+    kind, config = base.model_type, base.config
+    return Host(str(base.path), base.weights, base.__getitem__, kind, names, config)
 
 
 def check_checkpoint(
@@ -28,7 +35,7 @@ def check_checkpoint(
         FingerprintError: the base holds other values than the one the adapter was made on.
     """
     try:
-        host = Host(str(base.path), base.weights, base.__getitem__, base.model_type, adapter.names)
+        host = host_of(base, adapter.names)
         adapter = fitted(adapter if adapter.settle is None else adapter.on(host), host)
         names = [n for t in adapter.targets.values() for n in (t.target.name, *t.also, *t.apart)]
         for name in names:
@@ -59,7 +66,8 @@ def _nearest(adapter: Adapter, base: Checkpoint, keys: tuple[str, ...]) -> list[
     every = [name for names in by_shape.values() for name in names]
     found: dict[str, None] = {}
     for key in keys:
-        name = adapter.targets[key].target.name
+        target = adapter.targets.get(key)  # none where a format names what it could not place
+        name = key if target is None else target.target.name
         known = adapter.base.get(name)
         alike = (known and by_shape.get(known.shape)) or every
         # The longest common end first: what differs is mostly what wraps the model.

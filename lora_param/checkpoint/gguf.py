@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.jobs import Job
@@ -18,7 +18,7 @@ from lora_param.checkpoint.quantized.gguf import find_gguf
 from lora_param.checkpoint.quantized.packed import Found
 from lora_param.checkpoint.streaming import Copied, Merged, jobs_of
 from lora_param.errors import BrokenFileError
-from lora_param.files.gguf import KINDS, GgufEntry, encode_gguf, read_gguf
+from lora_param.files.gguf import KINDS, GgufEntry, decode_keys, encode_gguf, read_gguf
 from lora_param.files.placed import PlacedFile
 from lora_param.files.safetensors import tensor_bytes
 from lora_param.targets.weights import Weight
@@ -61,6 +61,11 @@ class GgufCheckpoint(Checkpoint):
         """BrokenFileError where it is no longer the file whose header was read."""
         if self._stat() != self._state:
             raise BrokenFileError(self.path, "it has changed since it was opened")
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the header says of the model: `general.architecture`, for one."""
+        return decode_keys(self.header)
 
     def found(self) -> Found:
         """Its quantized tensors."""

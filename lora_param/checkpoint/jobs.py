@@ -28,13 +28,13 @@ class Job:
     """One piece of work.
 
     Attributes:
-        run: does it.
+        run: does it; what it gives is not looked at.
         size: bytes that it writes, for the progress.
         name: what they belong to.
         done: called after it, in the thread that waits for all; what it gives is done next.
     """
 
-    run: Callable[[], None]
+    run: Callable[[], object]
     size: int = 0
     name: str = ""
     done: Callable[[], Job | None] | None = None
@@ -73,7 +73,7 @@ def run_jobs(jobs: Iterable[Job], progress: Progress) -> None:
             workers := min(threads, _MOST), "lora_param", partial(torch.set_num_threads, 1)
         ) as pool,
     ):
-        running: dict[Future[None], Job] = {}
+        running: dict[Future[object], Job] = {}
         try:
             while True:
                 for job in islice(jobs, 2 * workers - len(running)):

@@ -149,9 +149,9 @@ def count_changed(before: Tensor, after: Tensor) -> int:
     import numpy as np
 
     a = _bits(before)
-    differs, sign = a ^ _bits(after), np.iinfo(a.dtype).min
+    differs, sign = a ^ _bits(after), -1 << (8 * a.itemsize - 1)
     count = int(np.count_nonzero(differs))
-    if count and (a.min() == sign or not _unsigned(a).min()):  # there are zeros, of some sign
+    if count and (_least(a) == sign or not _least(_unsigned(a))):  # there are zeros, of some sign
         count -= int(np.count_nonzero((differs == sign) & ((a == 0) | (a == sign))))
     return count
 
@@ -159,6 +159,18 @@ def count_changed(before: Tensor, after: Tensor) -> int:
 def _unsigned(bits: NDArray[Any]) -> NDArray[Any]:
     """The same bits without a sign, so that the negative numbers are the largest."""
     return bits.view(f"u{bits.itemsize}")
+
+
+def _least(bits: NDArray[Any]) -> int:
+    import numpy as np
+
+    return int(np.minimum.reduce(bits, axis=None))
+
+
+def _most(bits: NDArray[Any]) -> int:
+    import numpy as np
+
+    return int(np.maximum.reduce(bits, axis=None))
 
 
 @cache
@@ -176,7 +188,7 @@ def _may_overflow(tensor: Tensor) -> bool:
     if infinity is None or not bits.size:
         return True
     negative = infinity + (1 << (8 * bits.itemsize - 1))
-    return bool(bits.max() >= infinity or _unsigned(bits).max() >= negative)
+    return _most(bits) >= infinity or _most(_unsigned(bits)) >= negative
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ from lora_param.checkpoint.measures import (
     overflows,
 )
 from lora_param.errors import NonFiniteError
+from lora_param.files.journal import Journal
 from lora_param.targets.regions import WHOLE, Region
 from lora_param.weight.blocks import BLOCK, Index, blocks_of, flat_range
 
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 
     from lora_param.weight.update import Deferred, Update
 
-__all__ = ["Block", "Merging", "Piece"]
+__all__ = ["Block", "Merging", "Noted", "Piece"]
+
+Noted = tuple[int, str, Measures]
+"""The number of an adapter, the key of a target, and measures of some blocks: plain data."""
 
 _EVERY = 8  # blocks, of which one is measured
 
@@ -60,11 +64,11 @@ class Piece:
     def update(self, dtype: torch.dtype) -> Update | Deferred:
         """The update as a live model makes it, its tensors read, and cast to the merge's dtype."""
         from lora_param.weight.update import fold_initial, make_update
-        from lora_param.weight.variants import variant_named
+        from lora_param.weight.variants import variant_of
 
         t, tensors = self.target, fold_initial(self.factors())
         wide = {n: x.to(dtype).contiguous() for n, x in tensors.items()}
-        variant = variant_named(t.settings.variant)
+        variant = variant_of(t.settings)
         return make_update(variant, wide, t.scale, t.strength * self.weight, self.region)
 
 
@@ -108,6 +112,9 @@ class Merging:
         link: files that nothing changes may be hard links to the base's.
         max_shard_size: divide a directory's weights anew, into files of so many bytes.
         casts_vectors: `dtype` is of tensors of one dimension, too.
+        adapters_mark: a hash of the adapters' targets, weights and tensors.
+        journal: where it is noted what is done, for another process to go on.
+        resumed: bytes that another process had written already.
     """
 
     base: Checkpoint
@@ -119,6 +126,9 @@ class Merging:
     link: bool = False
     max_shard_size: int | None = None
     casts_vectors: bool = True
+    adapters_mark: str = ""
+    journal: Journal | None = None
+    resumed: int = 0
     _measures: dict[tuple[int, str], dict[str, list[Measures]]] = field(default_factory=dict)
 
     @property
@@ -149,13 +159,13 @@ class Merging:
         One block, of all of it, where updates overlap in part, share rows, or need more of W than
         some rows.
         """
-        from lora_param.weight.variants import variant_named
+        from lora_param.weight.variants import variant_of
 
         pieces = self.pieces.get(name, [])
         regions: dict[Region, list[Piece]] = {}
         for piece in pieces:
             regions.setdefault(piece.region, []).append(piece)
-        variants = {variant_named(p.target.settings.variant) for p in pieces}
+        variants = {variant_of(p.target.settings) for p in pieces}
         # a block of a range of columns is whole rows, in which other columns may be changed, too
         beside = len(regions) > 1 and any(r.columns is not None for r in regions)
         if (
@@ -238,8 +248,9 @@ class Merging:
             kept = stored.reshape(-1)[block.start : block.stop].view(part.shape)
         if overflows(part, kept):
             raise NonFiniteError(f"{name} with its update, stored as {dtype},")
-        views = [(part[r.index], kept[r.index]) for r in regions]
-        measures = [Measures(count_changed(a.to(dtype), b), a.numel()) for a, b in views]
+        old = part.to(dtype)
+        pairs = [(old, kept) if r is WHOLE else (old[r.index], kept[r.index]) for r in regions]
+        measures = [Measures(count_changed(*pair), pair[0].numel()) for pair in pairs]
         if self.exact or block.is_sampled:
             measures = measure(part, kept, regions, deltas, measures)
         return kept.reshape(-1), measures
@@ -301,11 +312,25 @@ class Merging:
             updates = [ready[id(p)] for p in block.pieces]
             self.note(name, block.pieces, self.merge(name, W, block, updates, stored)[1])
 
-    def note(self, name: str, pieces: Sequence[Piece], measures: Sequence[Measures]) -> None:
-        """Add to what came of an entry's targets; in any order, by any thread."""
+    def note(self, name: str, pieces: Sequence[Piece], measures: Sequence[Measures]) -> list[Noted]:
+        """Add to what came of an entry's targets; in any order, by any thread.
+
+        Returns:
+            What `note_again` takes in another process, of the same plan.
+        """
+        numbers = {id(a): k for k, a in enumerate(self.adapters)}
         for piece, measured in zip(pieces, measures, strict=True):
             of_names = self._measures.setdefault((id(piece.adapter), piece.key), {})
             of_names.setdefault(name, []).append(measured)
+        pairs = zip(pieces, measures, strict=True)
+        return [(numbers[id(p.adapter)], p.key, m) for p, m in pairs]
+
+    def note_again(self, name: str, noted: Sequence[Noted]) -> None:
+        """Add what `note` gave, for the same entry."""
+        for number, key, measured in noted:
+            adapter = self.adapters[number]
+            of_names = self._measures.setdefault((id(adapter), key), {})
+            of_names.setdefault(name, []).append(Measures(*measured))
 
     def rows(
         self, errors: Mapping[str, float] = MappingProxyType({})

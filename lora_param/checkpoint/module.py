@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.pickle import data_of, describe_tensors
 from lora_param.errors import UnknownFileError
-from lora_param.model.weights import weights_of
+from lora_param.model.weights import config_of, weights_of
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ class ModuleCheckpoint(Checkpoint):
             name: parameters.get(name, weight)
             for name, weight in describe_tensors(self.state_dict).items()
         }
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's own, where it is one of transformers."""
+        return config_of(self.module)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.weights:

@@ -9,7 +9,7 @@ from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.distributed import DistributedCheckpoint
 from lora_param.checkpoint.gguf import GgufCheckpoint
 from lora_param.checkpoint.module import ModuleCheckpoint
-from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.pickle import SUFFIXES, PickleCheckpoint
 from lora_param.checkpoint.quantized.logical import logical
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
@@ -26,7 +26,6 @@ ACCEPTED = (
     "their index.json or a distributed checkpoint, hf://owner/name or another URL of one, or "
     "python:package.module:callable"
 )
-_PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -67,9 +66,9 @@ def _open_stored(path: str | os.PathLike[str], key: str | None) -> Checkpoint:
     if not path.is_file():
         raise UnknownFileError(path, "neither a file nor a directory", ACCEPTED)
     kind = path.suffix.lower()
-    if kind == ".safetensors" or (kind not in _PICKLES and _looks_safetensors(path)):
+    if kind == ".safetensors" or (kind not in SUFFIXES and _looks_safetensors(path)):
         return _without_key(SafetensorsCheckpoint(path), key)
-    if kind in _PICKLES or _looks_pickled(path):
+    if kind in SUFFIXES or _looks_pickled(path):
         if _looks_safetensors(path):
             raise BrokenFileError(path, "it is a safetensors file; rename it to .safetensors")
         return PickleCheckpoint(fetched(path), key)

@@ -20,7 +20,7 @@ from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
 from lora_param.checkpoint.streaming import Copied, entry_parts, jobs_of, name_of, stored_name
 from lora_param.errors import OutputError
-from lora_param.files.placed import PlacedFile, clone_file
+from lora_param.files.placed import PlacedFile, clone_file, open_placed
 from lora_param.files.places import copy_file, files_below, is_far, place
 from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, write_safetensors
 
@@ -91,6 +91,8 @@ def _write_pickle(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> 
     import torch
 
     values = _new_values(merging, part, lambda *_: None)
+    file.seek(0)
+    file.truncate()
     torch.save(_with_replaced(part.content, part.nesting, values), file)
 
 
@@ -205,14 +207,27 @@ def copy_beside(folder: Path, out: Path, rewritten: set[str]) -> None:
             name = path.relative_to(folder).as_posix()
             if name not in rewritten:
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (out / name).unlink(missing_ok=True)  # what a killed process left
                 copy_file(path, out / name)
         return
     try:
-        shutil.copytree(folder, out, dirs_exist_ok=True, ignore=_ignoring(folder, rewritten))
+        shutil.copytree(
+            folder,
+            out,
+            dirs_exist_ok=True,
+            ignore=_ignoring(folder, rewritten),
+            copy_function=_copy_anew,
+        )
     except shutil.Error as error:  # a list of (from, to, why)
         source, _, why = error.args[0][0]
         raise OutputError(out, f"{source} cannot be copied ({why})") from error
     out.chmod(out.stat().st_mode | 0o700)  # copytree gave it the base's mode
+
+
+def _copy_anew(source: str, place: str) -> None:
+    """Copy a file to where nothing is, or what a killed process left, perhaps read-only."""
+    Path(place).unlink(missing_ok=True)
+    shutil.copy2(source, place)
 
 
 def _shard_jobs(
@@ -229,7 +244,7 @@ def _shard_jobs(
         target.parent.mkdir(parents=True, exist_ok=True)
         if merging.link and is_untouched(merging, part) and link_file(place(part.path), target):
             continue
-        file = files.enter_context(target.open("x+b"))
+        file = files.enter_context(open_placed(target))
         yield from followed(file_jobs(merging, part, file), partial(finish, file, part))
 
 
@@ -237,6 +252,8 @@ def link_file(source: Path, place: Path) -> bool:
     """Make a hard link; False where the file system cannot, or they are of two."""
     try:
         place.hardlink_to(source.resolve())
+    except FileExistsError:  # of a bake that is gone on with
+        return place.samefile(source)
     except OSError:
         return False
     return True

@@ -23,12 +23,14 @@ from lora_param.errors import (
     UnsafePickleError,
     listed,
 )
+from lora_param.files.places import place
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "SUFFIXES",
     "PickleCheckpoint",
     "check_archive",
     "choose_state_dict",
@@ -38,6 +40,9 @@ __all__ = [
     "is_zip",
     "load_pickle",
 ]
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+"""What files of `torch.save` are called."""
 
 # In the order in which they are preferred where several hold a state dict.
 _PREFERRED = (
@@ -107,7 +112,7 @@ def data_of(tensor: torch.Tensor, name: str, path: object) -> torch.Tensor:
 
 def is_zip(path: str | os.PathLike[str]) -> bool:
     """The file begins as a zip archive, which is what torch.save writes since 1.6."""
-    with Path(path).open("rb") as file:
+    with place(path).open("rb", buffering=0) as file:
         return file.read(4) == b"PK\x03\x04"
 
 

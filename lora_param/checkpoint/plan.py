@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, AdapterTarget
@@ -12,9 +13,11 @@ from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.measures import is_finite
 from lora_param.checkpoint.merging import Merging, Piece
 from lora_param.errors import NonFiniteError, OptionError
+from lora_param.files.safetensors import tensor_bytes
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 __all__ = ["plan_merging"]
 
@@ -36,6 +39,7 @@ def plan_merging(
     pieces: dict[str, list[Piece]] = {}
     disabled: list[str] = []
     settled: list[Adapter] = []
+    digest = hashlib.sha256()
     for adapter, weight in adapters:
         if not math.isfinite(weight):
             raise OptionError(f"the weight of {adapter.source}", weight, "a finite number")
@@ -46,10 +50,15 @@ def plan_merging(
                 disabled.append(key)
                 continue
             piece = Piece(adapter, key, weight)
-            _check_finite(piece)
+            factors = piece.factors()
+            _check_finite(piece, factors)
+            digest.update(repr((len(settled), weight, key, t, sorted(factors))).encode())
+            for _, tensor in sorted(factors.items()):
+                digest.update(tensor_bytes(tensor))
             for name in _entries_of(t, base):
                 pieces.setdefault(name, []).append(piece)
-    return Merging(base, pieces, dtype, disabled, settled)
+    mark = digest.hexdigest()
+    return Merging(base, pieces, dtype, disabled, settled, adapters_mark=mark)
 
 
 def _entries_of(t: AdapterTarget, base: Checkpoint) -> list[str]:
@@ -59,10 +68,10 @@ def _entries_of(t: AdapterTarget, base: Checkpoint) -> list[str]:
     return [n for n in dict.fromkeys([*own, *tied]) if n not in t.apart]
 
 
-def _check_finite(piece: Piece) -> None:
+def _check_finite(piece: Piece, factors: Mapping[str, Tensor]) -> None:
     import torch
 
-    for name, tensor in piece.factors().items():
+    for name, tensor in factors.items():
         if not is_finite(tensor.to(torch.promote_types(tensor.dtype, torch.float32))):
             raise NonFiniteError(f"{name} of {piece.key} in {piece.adapter.source}")
     t = piece.target

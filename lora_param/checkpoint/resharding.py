@@ -15,7 +15,7 @@ from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
 from lora_param.checkpoint.streaming import Copied, Merged, entry_parts, jobs_of, stored_name
 from lora_param.files.header import Entry
-from lora_param.files.placed import PlacedFile
+from lora_param.files.placed import PlacedFile, open_placed
 from lora_param.files.safetensors import entry_size, place_entries
 
 __all__ = ["dump_json", "resharded_jobs"]
@@ -52,7 +52,7 @@ def resharded_jobs(
         dump_json({"metadata": metadata, "weight_map": home}, out / f"{stem}{_INDEX}")
     first: Any = next(iter(base.parts.values()))
     for name, shard in zip(names, shards, strict=True):
-        file: IO[bytes] = files.enter_context((out / name).open("x+b"))
+        file: IO[bytes] = files.enter_context(open_placed(out / name))
         header, placed, size = place_entries(shard, first.metadata, name)
         target = PlacedFile(file, len(header) + size)
         target.write(header, 0)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["DirectoryCheckpoint", "find_weights", "model_type_in", "read_index"]
+__all__ = ["DirectoryCheckpoint", "config_in", "find_weights", "read_index"]
 
 # What a Hugging Face directory holds, in the order in which it is looked for.
 _KNOWN = (
@@ -72,9 +72,9 @@ class DirectoryCheckpoint(Checkpoint):
         self.key = next((p.key for p in self.parts.values()), "")
 
     @property
-    def model_type(self) -> str | None:
-        """The config's model_type."""
-        return model_type_in(self.path)
+    def config(self) -> Mapping[str, Any]:
+        """The directory's config.json."""
+        return config_in(self.path)
 
     def _describe(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
@@ -124,12 +124,10 @@ def _open_part(path: Path, key: str | None) -> SafetensorsCheckpoint | PickleChe
     return PickleCheckpoint(fetched(path), key)
 
 
-def model_type_in(directory: Path) -> str | None:
-    """The model_type of a directory's config.json, if it has one."""
+def config_in(directory: Path) -> Mapping[str, Any]:
+    """A directory's config.json, {} where it has none."""
     path = directory / "config.json"
-    config = load_json(path) if path.is_file() else {}
-    kind = config.get("model_type")
-    return kind if isinstance(kind, str) else None
+    return load_json(path) if path.is_file() else {}
 
 
 def find_weights(directory: Path) -> Path:

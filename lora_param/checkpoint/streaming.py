@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.jobs import Job
 from lora_param.checkpoint.measures import Measures
-from lora_param.checkpoint.merging import Block, Merging
+from lora_param.checkpoint.merging import Block, Merging, Noted
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.files.header import DTYPES, Entry
 from lora_param.files.placed import PlacedFile
@@ -79,13 +79,33 @@ def jobs_of(merging: Merging, file: PlacedFile, parts: Iterable[Copied | Merged]
             for start in range(part.start, part.stop, _COPIED):
                 stop = min(start + _COPIED, part.stop)
                 offset = part.offset + start - part.start
-                run = partial(file.copy, part.source, start, stop, offset)
-                yield Job(run, stop - start, part.source.name)
+                copied = partial(file.copy, part.source, start, stop, offset)
+                job = Job(copied, stop - start, part.source.name)
+                yield _once(merging, file, offset, job)
         else:
             entry = _Entry(merging, part)
             for blocks in _batches(part.blocks):
                 size = sum(b.stop - b.start for b in blocks) * part.itemsize
-                yield Job(partial(entry.write, file, blocks), size, part.name)
+                offset = part.offset + blocks[0].start * part.itemsize
+                job = Job(partial(entry.write, file, blocks), size, part.name)
+                yield _once(merging, file, offset, job)
+
+
+def _once(merging: Merging, file: PlacedFile, offset: int, job: Job) -> Job:
+    """The job, and a line in the journal when it is done; nothing to do where there is one."""
+    journal = merging.journal
+    if journal is None:
+        return job
+    key = f"{file.file.name} {offset}"
+    if key in journal.done:
+        merging.note_again(job.name, journal.done[key] or ())
+        merging.resumed += job.size
+        return Job(lambda: None, job.size, job.name)
+
+    def run() -> None:
+        journal.add(key, job.run())
+
+    return replace(job, run=run)
 
 
 def _joined(parts: Iterable[Copied | Merged]) -> Iterator[Copied | Merged]:
@@ -112,11 +132,13 @@ def _joined(parts: Iterable[Copied | Merged]) -> Iterator[Copied | Merged]:
 
 def _batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     batch: list[Block] = []
+    size = 0
     for block in blocks:
         batch.append(block)
-        if sum(b.stop - b.start for b in batch) >= _MERGED:
+        size += block.stop - block.start
+        if size >= _MERGED:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -137,7 +159,8 @@ class _Entry:
                 self._read = W, dict(zip(map(id, pieces), updates, strict=True))
             return self._read
 
-    def write(self, file: PlacedFile, blocks: list[Block]) -> None:
+    def write(self, file: PlacedFile, blocks: list[Block]) -> list[Noted]:
+        """Merge blocks and write them; what came of them, which the merging has noted."""
         import torch
 
         merging, name = self._merging, self._part.name
@@ -155,9 +178,11 @@ class _Entry:
                     ids = tuple(map(id, block.pieces))
                     by_pieces[ids] = block.pieces
                     sums.setdefault(ids, []).append(measures)
+        noted: list[Noted] = []
         for ids, found in sums.items():
             each = [Measures.sum(m) for m in zip(*found, strict=True)]
-            merging.note(name, by_pieces[ids], each)
+            noted += merging.note(name, by_pieces[ids], each)
+        return noted
 
 
 def entry_parts(

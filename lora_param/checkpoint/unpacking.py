@@ -32,7 +32,7 @@ from lora_param.checkpoint.streaming import (
 )
 from lora_param.errors import OptionError, OutputError
 from lora_param.files.header import Entry
-from lora_param.files.placed import PlacedFile
+from lora_param.files.placed import PlacedFile, open_placed
 from lora_param.files.safetensors import entry_size, place_entries, tensor_bytes
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _directory_jobs(
             continue  # it held nothing but scales
         place = out / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        file = files.enter_context(place.open("x+b"))
+        file = files.enter_context(open_placed(place))
         yield from followed(_jobs(merging, base, part, file, form), file.close)
 
 

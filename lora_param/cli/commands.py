@@ -15,8 +15,10 @@ from lora_param.cli.arithmetic import COMMANDS
 from lora_param.cli.options import (
     MODEL,
     AdapterFile,
+    Alpha,
     AnyBase,
     Force,
+    Html,
     Json,
     Key,
     Layout,
@@ -24,12 +26,18 @@ from lora_param.cli.options import (
     Names,
     NoSync,
     Targets,
+    switches,
     weighted,
 )
 from lora_param.cli.terminal import Command, Group, progress_bar, show, show_json
+from lora_param.report.page.rendering import check_page
 from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
+
+_FORMATS = (
+    "native, peft, portable, kohya, lycoris, diffusers, loralib, minlora, torchtune, mlx or gguf."
+)
 
 app = typer.Typer(
     name="lora-param",
@@ -159,12 +167,10 @@ def stats(
     norms: Annotated[
         bool, typer.Option("--norms/--no-norms", help="Measure the updates; reads the weights.")
     ] = True,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
-    ] = None,
+    html: Html = None,
     key: Key = None,
     layout: Layout = None,
+    alpha: Alpha = None,
     names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
@@ -175,17 +181,16 @@ def stats(
     Example: lora-param stats model.safetensors adapter.safetensors
     """
     if html is not None:
-        from lora_param.report.page.document import check_page
-
         check_page(html, force=force)
     with progress_bar("Measuring", quiet=json) as progress:
         found = lp.stats(
             model,
-            _read(adapter, layout, names),
+            _read(adapter, layout, names, alpha),
             norms=norms,
             key=key,
             check_fingerprint=not ignore_fingerprint,
             layout=layout,
+            alpha=alpha,
             progress=progress,
         )
     if html is not None:
@@ -265,6 +270,9 @@ def bake(
     link: Annotated[
         bool, typer.Option("--link", help="Hard links for whole files that do not change.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Finish a bake to the same output that was killed.")
+    ] = False,
     quantized: Annotated[
         str | None,
         typer.Option(
@@ -282,6 +290,7 @@ def bake(
     ] = None,
     key: Key = None,
     layout: Layout = None,
+    alpha: Alpha = None,
     names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
@@ -297,11 +306,12 @@ def bake(
     with progress_bar("Baking", quiet=json) as progress:
         report = lp.bake_checkpoint(
             model,
-            [(_read(path, layout, names), w) for path, w in map(weighted, adapters)],
+            [(_read(path, layout, names, alpha), w) for path, w in map(weighted, adapters)],
             output,
             dtype=dtype,
             max_shard_size=max_shard_size,
             link=link,
+            resume=resume,
             quantized=cast(Any, quantized),
             original=original,
             key=key,
@@ -312,6 +322,7 @@ def bake(
             verify=verify,
             require_change=True,
             layout=layout,
+            alpha=alpha,
             progress=progress,
         )
     if json:
@@ -320,26 +331,24 @@ def bake(
     show(report)
 
 
-def _read(adapter: Any, layout: str | None, names: Path | None) -> Any:
+def _read(adapter: Any, layout: str | None, names: Path | None, alpha: float | None) -> Any:
     """The adapter, read where rules come with it; else its path, which the call reads."""
-    return adapter if names is None else lp.read_adapter(adapter, layout=layout, names=names)
+    if names is None:
+        return adapter
+    return lp.read_adapter(adapter, layout=layout, names=names, alpha=alpha)
 
 
 @app.command(cls=Command)
 def convert(
     adapter: Annotated[
         Path,
-        typer.Argument(
-            metavar="ADAPTER", help="An adapter file or a PEFT directory.", show_default=False
-        ),
+        typer.Argument(metavar="ADAPTER", help="An adapter, of any format.", show_default=False),
     ],
-    to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="native, peft, portable or kohya.")
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=_FORMATS)],
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", metavar="OUT", help="A file; for peft and portable a directory."
+            "-o", "--output", metavar="OUT", help="A file; for peft, portable and mlx a directory."
         ),
     ],
     base: Annotated[
@@ -357,6 +366,15 @@ def convert(
     ] = None,
     key: Key = None,
     layout: Layout = None,
+    alpha: Alpha = None,
+    enable_lora: Annotated[
+        str | None,
+        typer.Option(
+            "--enable-lora",
+            metavar="1,0,1",
+            help="Which blocks of rows loralib's MergedLinear adapts.",
+        ),
+    ] = None,
     names: Names = None,
     ignore_fingerprint: AnyBase = False,
     force: Force = False,
@@ -371,11 +389,13 @@ def convert(
     """
     rows: list[Any] = []
     record = lp.convert(
-        _read(adapter, layout, names),
+        _read(adapter, layout, names, alpha),
         to,
         output,
         base=base,
         layout=layout,
+        alpha=alpha,
+        enable_lora=None if enable_lora is None else switches(enable_lora),
         key=key,
         lossy=lossy,
         rank=rank,

@@ -9,8 +9,20 @@ import typer
 
 from lora_param.errors import OptionError
 
-__all__ = ["MODEL", "AdapterFile", "AnyBase", "Force", "Json", "Key", "Layout", "Model", "Names"]
-__all__ += ["NoSync", "Targets", "weighted"]
+__all__ = [
+    "MODEL",
+    "AdapterFile",
+    "Alpha",
+    "AnyBase",
+    "Force",
+    "Html",
+    "Json",
+    "Key",
+    "Layout",
+    "Model",
+    "Names",
+]
+__all__ += ["NoSync", "Targets", "switches", "weighted"]
 
 MODEL = (
     "A .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory of them or a distributed "
@@ -35,9 +47,17 @@ Layout = Annotated[
         metavar="out-in|in-out", help="How square weights are stored, where nothing tells it."
     ),
 ]
+Alpha = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="What it was trained with, of a file that does not say it."),
+]
 Names = Annotated[
     Path | None,
     typer.Option("--names", metavar="FILE", help="Further rules between names, one line each."),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
@@ -46,6 +66,14 @@ AnyBase = Annotated[
     bool,
     typer.Option("--ignore-fingerprint", help="Accept a base with other values or dtypes."),
 ]
+
+
+def switches(text: str) -> tuple[bool, ...]:
+    """`1,0,1`: on, off, on."""
+    parts = [part.strip() for part in text.split(",")]
+    if not set(parts) <= {"0", "1"}:
+        raise OptionError("enable_lora", text, "0 or 1 for each block of rows, as in 1,0,1")
+    return tuple(part == "1" for part in parts)
 
 
 def weighted(text: str) -> tuple[str, float]:

@@ -24,6 +24,10 @@ _KINDS = {
     "lycoris": "a LyCORIS adapter",
     "diffusers": "a diffusers adapter",
     "gguf": "a GGUF adapter",
+    "loralib": "a loralib adapter",
+    "minlora": "a minLoRA adapter",
+    "torchtune": "a torchtune adapter",
+    "mlx": "an mlx adapter",
 }
 
 

@@ -15,17 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import BrokenFileError, MissingFileError, UnknownFileError
+from lora_param.files.gguf import read_type
 from lora_param.files.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Contents", "Module", "read_contents"]
+__all__ = ["PARTS", "Contents", "Module", "read_contents"]
 
 Array = Callable[[], "NDArray[np.float32]"]
 
-_ACCEPTED = "an adapter: a .safetensors file, or a directory with adapter_config.json"
+_ACCEPTED = "an adapter: a file of tensors, or a directory with adapter_config.json"
+_PICKLES = (".pt", ".pth", ".ckpt")
+_MLX = "adapters.safetensors"
+PARTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+"""How keys of diffusers begin."""
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ENDS = (
     (r"\.lora_A(\.\w+)?\.weight", "peft", "A"),
@@ -45,12 +50,19 @@ _ENDS = (
     (r"\.(oft_\w+)", "lycoris", "oft"),
     (r"(\.processor)?\.\w*lora\.down\.weight", "diffusers", "A"),
     (r"(\.processor)?\.\w*lora\.up\.weight", "diffusers", "B"),
+    (r"\.parametrizations\.\w+\.\d+\.lora_A", "minlora", "A"),
+    (r"\.parametrizations\.\w+\.\d+\.lora_B", "minlora", "B"),
     (r"\.lora_A", "native", "A"),
     (r"\.lora_B", "native", "B"),
     (r"\.lora_M", "native", "M"),
     (r"\.magnitude", "native", "magnitude"),
-    (r"\.lora_a", "gguf", "A"),
-    (r"\.lora_b", "gguf", "B"),
+    (r"\.lora_a\.weight", "torchtune", "A"),
+    (r"\.lora_b\.weight", "torchtune", "B"),
+    (r"(?<=\.weight)\.lora_a", "gguf", "A"),
+    (r"(?<=\.weight)\.lora_b", "gguf", "B"),
+    (r"\.lora_a", "mlx", "A"),
+    (r"\.lora_b", "mlx", "B"),
+    (r"\.m", "mlx", "magnitude"),
 )
 _EXPRESSIONS = tuple((re.compile(f"(?P<module>.*){e}"), c, r) for e, c, r in _ENDS)
 
@@ -73,7 +85,7 @@ class Contents:
         shapes: shape of each tensor.
         arrays: the values of each.
         metadata: of a safetensors file.
-        kind: native, peft, kohya, lycoris, diffusers or gguf.
+        kind: native, peft, kohya, lycoris, diffusers, gguf, minlora, loralib, torchtune or mlx.
         modules: what there is of each module, by its name in the keys.
         conventions: convention → the keys that are written in it.
         other: keys that are no part of an update.
@@ -109,18 +121,35 @@ def read_contents(path: Path) -> Contents:
         own = found.modules.setdefault(module, Module())
         own.tensors[role], own.shapes[role] = key, found.shapes[key]
     found.kind = _kind(found)
+    for m in found.modules.values():
+        _turn(found.kind, m)
     return found
+
+
+def _turn(kind: str, m: Module) -> None:
+    """Shapes of A as (rank, in) and of B as (out, rank), of tools that store them otherwise."""
+    A, B = m.shapes.get("A", ()), m.shapes.get("B", ())
+    if len(A) != 2 or len(B) != 2:
+        return
+    swapped = kind == "minlora" and A[0] != B[1] and A[1] == B[0]  # an embedding's
+    if kind == "mlx" or swapped:
+        m.shapes["A"], m.shapes["B"] = A[::-1], B[::-1]
 
 
 def _read(path: Path) -> Contents:
     if not path.exists():
         raise MissingFileError(path, _ACCEPTED)
     if path.is_file():
-        if path.suffix.lower() != ".safetensors":
+        kind = path.suffix.lower()
+        if kind in _PICKLES or read_type(path) == "adapter":
+            return _of_file(path, path, {})
+        if kind != ".safetensors":
             raise UnknownFileError(path, "not a .safetensors file", _ACCEPTED)
         beside = path.parent / "adapter_config.json"
         config = _config(beside) if path.name in _WEIGHTS and beside.is_file() else {}
         return _of_file(path, path, config)
+    if (path / _MLX).is_file():
+        return _of_file(path, path / _MLX, {})
     config_path = path / "adapter_config.json"
     weights = [path / name for name in _WEIGHTS if (path / name).is_file()]
     if not config_path.is_file():
@@ -167,9 +196,14 @@ def _place(key: str) -> tuple[str, str, str] | None:
 def _kind(source: Contents) -> str:
     if "lora_param" in source.metadata:
         return "native"
-    if source.config or "peft" in source.conventions:
+    ours = source.conventions.get("peft", [])
+    if ours and not source.config and all(k.startswith(PARTS) for k in ours):
+        return "diffusers"
+    if source.config or ours:
         return "peft"
-    for kind in ("lycoris", "kohya", "diffusers", "gguf"):
+    for kind in ("minlora", "torchtune", "mlx", "lycoris", "kohya", "diffusers", "gguf"):
         if kind in source.conventions:
             return kind
+    if "native" in source.conventions:
+        return "loralib"
     raise UnknownFileError(source.path, "a file without factors of any known convention", _ACCEPTED)

@@ -9,19 +9,35 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_param.consumers.contents import Contents, Module, read_contents
+from lora_param.consumers.contents import PARTS, Contents, Module, read_contents
 from lora_param.errors import BrokenFileError, listed
 from lora_param.files.places import place
+from lora_param.formats.kohya import flat_names
+from lora_param.names.flat import aliased, flattened
 from lora_param.names.resolve import resolve
-from lora_param.names.table import Names, default_names
+from lora_param.names.table import Names, default_names, names_of
 from lora_param.targets.weights import Weight
 
 __all__ = ["gather"]
 
-_IMAGE = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "diffusion_model.")
+_IMAGE = (*PARTS, "diffusion_model.")
+_OWN = {
+    "lycoris": {"lycoris", "kohya"},
+    "diffusers": {"diffusers", "peft", "kohya"},  # kohya's is alpha
+    "loralib": {"native"},
+    "torchtune": {"torchtune", "native"},
+}
+"""Kind → the conventions in which its keys are written; of the others, their own."""
+_OTHER_TOOLS = {
+    "loralib": "loralib",
+    "minlora": "minLoRA",
+    "torchtune": "torchtune",
+    "mlx": "mlx-lm",
+    "diffusers": "diffusers",
+}
 _SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's --max-lora-rank takes
 
 
@@ -63,7 +79,7 @@ def _counted(name: str, found: Iterable[str]) -> dict[str, Any]:
 
 def _of_names(source: Contents) -> dict[str, Any]:
     kind, modules, other = source.kind, source.modules, source.other
-    own = {kind, "kohya"} if kind == "lycoris" else {kind}
+    own = _OWN.get(kind, {kind})
     foreign = [k for c, keys in source.conventions.items() if c not in own for k in keys]
     pairs = {n: m for n, m in modules.items() if "A" in m.tensors or "B" in m.tensors}
     half = [n for n, m in pairs.items() if ("A" in m.tensors) != ("B" in m.tensors)]
@@ -80,6 +96,7 @@ def _of_names(source: Contents) -> dict[str, Any]:
     bare = [k for k in source.shapes if not k.startswith("base_model.model.")]
     return {
         "modules": len(modules),
+        "other_tool": _OTHER_TOOLS.get(kind, ""),
         **_counted("half_pairs", half),
         **_counted("foreign_keys", foreign),
         **_counted("bare_keys", bare),
@@ -137,7 +154,16 @@ def _of_config(source: Contents) -> dict[str, Any]:
         if is_stack:
             stacks.append(name)
             square = square or A[-1] == B[0]
-        elif kind != "native" and len(B) > 1 and A[0] != B[1] and not _is_grouped(A, B):
+        elif len(A) == len(B) == 3 and kind in ("mlx", "gguf"):  # a stack of experts
+            held = A[1]
+        elif kind == "loralib":  # several blocks of rows have their A one after the other
+            held = B[1]
+        elif (
+            kind not in ("native", "loralib")
+            and len(B) > 1
+            and A[0] != B[1]
+            and not _is_grouped(A, B)
+        ):
             unequal.append(name)
         own_rank = _pattern(rank_pattern, module, rank)
         scale_alpha = _pattern(alpha_pattern, module, alpha)
@@ -229,8 +255,11 @@ def _of_base(
     missing: list[str] = []
     shapes: list[str] = []
     if base is not None:
+        names = names.joined(names_of({"gguf": "llama.cpp"}.get(kind, kind)))
         index = names.index(base)
-        flat = {n.replace(".", "_"): n for n in base}
+        flat: tuple[dict[str, list[str]], ...] = ({},)
+        if kind in ("kohya", "lycoris"):
+            flat = flattened(base), aliased(base, names)
         for name, m in modules.items():
             weight = _weight(kind, name, base, index, flat, names)
             if weight is None:
@@ -245,7 +274,7 @@ def _weight(
     module: str,
     base: Mapping[str, Weight],
     index: Mapping[str, list[str]],
-    flat: Mapping[str, str],
+    flat: Sequence[Mapping[str, list[str]]],
     names: Names,
 ) -> Weight | None:
     """The base's weight behind a module; without a shape where only its place is known."""
@@ -253,8 +282,11 @@ def _weight(
         module = re.sub(r"\[[^\]]*\]$", "", module)
     bare = re.sub(r"(\.base_layer)+$", "", module)
     if kind in ("kohya", "lycoris"):
+        found = [n for f in flat_names(bare) for known in flat for n in known.get(f, ())]
+        if found:
+            return Weight(found[0], ())
         short = re.sub(r"^lora_(unet|te\d?|transformer)_|^lycoris_", "", bare)
-        hit = next((n for f, n in flat.items() if f.removesuffix("_weight").endswith(short)), None)
+        hit = next((n for f, (n, *_) in flat[0].items() if f.endswith(short)), None)
         return None if hit is None else Weight(hit, ())
     for wanted in (bare, f"{bare}.weight", f"{bare}.in_proj_weight"):
         hits = index.get(names.canonical(wanted), [])

@@ -5,21 +5,23 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import cast
 
 from lora_param.errors import BrokenFileError, MissingFileError
+from lora_param.files.places import fetched, place
 
-__all__ = ["KINDS", "MAGIC", "Gguf", "GgufEntry", "Kind", "encode_gguf", "read_gguf"]
+__all__ = ["KINDS", "MAGIC", "Gguf", "GgufEntry", "Kind", "decode_keys", "encode_gguf"]
+__all__ += ["encode_keys", "read_gguf", "read_type"]
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 8
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_STRING, _ARRAY, _UINT32, _FLOAT32 = 8, 9, 4, 6
 # Sizes of a key's values by their type: u8 i8 u16 i16 u32 i32 f32 bool, and 64 bits thrice.
+_FORMS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
@@ -121,9 +123,9 @@ def read_gguf(path: str | os.PathLike[str]) -> Gguf:
         MissingFileError: there is no such file.
         BrokenFileError: it is not a whole and consistent GGUF file of a version that is known.
     """
-    path = Path(path)
+    path = place(path)
     try:
-        with path.open("rb") as file:
+        with fetched(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 24:
                 raise _RejectedError(f"it has {size} bytes, and a GGUF header takes 24")
@@ -135,6 +137,56 @@ def read_gguf(path: str | os.PathLike[str]) -> Gguf:
         raise BrokenFileError(path, str(rejected)) from None
     except OSError as error:
         raise BrokenFileError(path, error.strerror or str(error)) from error
+
+
+def read_type(path: str | os.PathLike[str]) -> str:
+    """What a GGUF file says that it is: "model", "adapter" ..., "" where it says nothing.
+
+    No more of the header is read than leads to it; what is no GGUF file is "".
+    """
+    try:
+        path = place(path)
+        with path.open("rb", buffering=0) as file:
+            if file.read(4) != MAGIC:
+                return ""
+        with fetched(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 24:
+                return ""
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                reader = _Reader(cast(Sequence[int], data), size)
+                reader.at = 16
+                for name, value in reader.values(reader.number("Q")):
+                    if name == "general.type":
+                        return str(value)
+    except (_RejectedError, OSError):
+        pass
+    return ""
+
+
+def decode_keys(header: Gguf) -> dict[str, str | int | float | bool]:
+    """The keys of a header, but for lists."""
+    reader = _Reader(header.keys, len(header.keys))
+    return {name: value for name, value in reader.values(header.count) if value is not None}
+
+
+def encode_keys(values: Mapping[str, str | int | float]) -> bytes:
+    """Keys as a header has them: texts, whole numbers of 32 bits, floats of 32 bits.
+
+    >>> encode_keys({"a": 1})
+    b'\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00a\\x04\\x00\\x00\\x00\\x01\\x00\\x00\\x00'
+    """
+    found = bytearray()
+    for name, value in values.items():
+        raw = name.encode()
+        found += struct.pack("<Q", len(raw)) + raw
+        if isinstance(value, str):
+            text = value.encode()
+            found += struct.pack("<IQ", _STRING, len(text)) + text
+        else:
+            kind = _FLOAT32 if isinstance(value, float) else _UINT32
+            found += struct.pack(f"<I{_FORMS[kind]}", kind, value)
+    return bytes(found)
 
 
 class _Reader:
@@ -158,6 +210,20 @@ class _Reader:
             return self.take(self.number("Q")).decode()
         except UnicodeDecodeError:
             raise _RejectedError(f"its header is not UTF-8 before byte {self.at}") from None
+
+    def values(self, count: int) -> Iterator[tuple[str, str | int | float | bool | None]]:
+        """Each key with its value, None for a list."""
+        for _ in range(count):
+            name, kind = self.text(), self.number("I")
+            if kind == _STRING:
+                yield name, self.text()
+            elif kind in _FORMS:
+                form = f"<{_FORMS[kind]}"
+                (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
+                yield name, value
+            else:
+                self.skip(kind)
+                yield name, None
 
     def skip(self, kind: int, depth: int = 0) -> None:
         """Go behind a value of a key."""

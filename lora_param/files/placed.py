@@ -20,7 +20,7 @@ from lora_param.files.places import is_far, place
 if sys.platform == "linux":
     import fcntl
 
-__all__ = ["PlacedFile", "clone_file"]
+__all__ = ["PlacedFile", "clone_file", "open_placed"]
 
 _PIECE = 1 << 20  # of a plain copy: stays in cache
 _FAR_PIECE = 1 << 23  # of one from elsewhere: asks less often
@@ -108,6 +108,11 @@ class PlacedFile:
             if error.errno in _FAILURES:
                 raise
             return 0
+
+
+def open_placed(path: Path) -> IO[bytes]:
+    """Open a new file for reading and writing; or go on with one that another process began."""
+    return path.open("r+b" if path.exists() else "x+b")
 
 
 def clone_file(source: str | os.PathLike[str], target: IO[bytes]) -> bool:

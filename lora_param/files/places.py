@@ -171,12 +171,13 @@ class FarPath(_System):
             return info
 
     def stat(self, **_: Any) -> os.stat_result:
-        """Its kind and size, and in place of the inode what changes when it does."""
+        """Its kind and size, and as inode and time of change a number that changes with it."""
         info = self._info()
         kind = stat.S_IFDIR | 0o755 if info["type"] == "directory" else stat.S_IFREG | 0o644
         marks = sorted((k, str(v)) for k, v in info.items() if k != "last_commit")
         mark = int.from_bytes(sha256(repr(marks).encode()).digest()[:7], "big")
-        return os.stat_result((kind, mark, 0, 1, 0, 0, info.get("size") or 0, 0, 0, 0))
+        numbers = (kind, mark, 0, 1, 0, 0, info.get("size") or 0, 0, 0, 0)
+        return os.stat_result(numbers, {"st_mtime_ns": mark})
 
     def exists(self, **_: Any) -> bool:
         """There is something."""

@@ -27,14 +27,20 @@ from lora_param.errors import BrokenFileError, FileError, OutputError, escaped
 from lora_param.files.locks import HAS_LOCKS, State, is_at, locked, release, state_of, take
 from lora_param.files.places import writable
 
-__all__ = ["check_output", "copy_range", "replace_directory", "replace_file"]
+__all__ = ["RESULT", "check_output", "copy_range", "replace_directory", "replace_file"]
+__all__ += ["replace_in_steps"]
 
 _CHUNK = 1 << 25
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _LONGEST = 200  # bytes of a name in that of its temporary: file systems take 255 in all
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _EXISTS = "it exists; replace it with force=True (--force)"
+
+
+RESULT = "result"
+"""The name of what takes its place, in the temporary directory of `replace_in_steps`."""
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool = False) -> Path:
@@ -137,20 +143,56 @@ def replace_directory(
     Raises:
         OutputError: see `check_output`; or the writing failed.
     """
-    real = check_output(path, force=force, directory=True)
-    _remove_stale(real)
-    with _cleaned(path, _beside(real)) as temporary, _made(temporary):
+    with replace_in_steps(
+        path, directory=True, force=force, sync=sync, replaces=replaces
+    ) as temporary:
+        out = temporary / RESULT
+        out.mkdir()
+        yield out
+
+
+@contextmanager
+def replace_in_steps(
+    path: str | os.PathLike[str],
+    *,
+    directory: bool,
+    force: bool = False,
+    sync: bool = True,
+    replaces: State | None = None,
+    resumes: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
+    """A hidden directory beside `path`, whose `RESULT` takes the place when the block ends.
+
+    What else is in it is deleted then. After a kill all of it is left, for another process to go on
+    with, in the same run of the system: after a crash, files may lack what was written to them.
+
+    Args:
+        path, force, sync, replaces: as for `replace_file`, or `replace_directory`.
+        directory: the result is a directory.
+        resumes: asked of what a killed process left of this output: true where it is gone on with
+            instead of an empty one. What it does not want is deleted.
+
+    Raises:
+        OutputError: see `check_output`; or the writing failed.
+    """
+    real = check_output(path, force=force, directory=directory)
+    left = _remove_stale(real, resumes)
+    temporary = _beside(real) if left is None else left[0]
+    out = temporary / RESULT
+    with _cleaned(path, temporary, out), _made(temporary, left and left[1]):
         yield temporary
         if real.exists():
-            temporary.chmod(stat.S_IMODE(real.stat().st_mode))
+            out.chmod(stat.S_IMODE(real.stat().st_mode))
         if sync:
-            _sync_tree(temporary)
+            _sync_tree(out)
         with locked(real) if replaces is None else nullcontext():
             _check_state(path, real, replaces)
-            if force and real.exists():
-                _exchange(temporary, real)
+            if not force or not real.exists():
+                _rename_new(out, real)
+            elif directory:
+                _exchange(out, real)
             else:
-                _rename_new(temporary, real)
+                out.replace(real)
         if sync:
             _sync_directory(real.parent)
 
@@ -171,7 +213,7 @@ def _machine() -> tuple[str, str]:
     run share its mark, one machine before and after a crash shares its name.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        boot = _BOOT.read_bytes()
     except OSError:
         boot = b""
     return tuple(  # type: ignore[return-value]
@@ -191,29 +233,45 @@ def _beside(real: Path, end: str = "tmp") -> Path:
     return real.with_name(f"{_prefix(real)}{''.join(_machine())}.{secrets.token_hex(4)}.{end}")
 
 
-def _remove_stale(real: Path) -> None:
+def _remove_stale(
+    real: Path, resumes: Callable[[Path], bool] | None = None
+) -> tuple[Path, int] | None:
     """Remove what processes that were killed on this machine left of the same output.
 
     For certain: a process that lives holds the lock of its temporary. Whatever cannot be looked
     at, locked or removed is left alone, for it must not keep the new output from being written.
+
+    Returns:
+        One that `resumes` wants, and a descriptor that holds its lock.
     """
     form = re.compile(re.escape(_prefix(real)) + r"([0-9a-f]{6})([0-9a-f]{6})\.[0-9a-f]{8}\.tmp")
     boot, node = _machine()
+    kept: tuple[Path, int] | None = None
     with suppress(OSError):
         for name in os.listdir(real.parent):  # noqa: PTH208  names alone are needed
             found = form.fullmatch(name)
             if found and (found[1] == boot or found[2] == node):
-                _remove_unheld(real.with_name(name))
+                alive = found[1] == boot and _BOOT.is_file()  # what it wrote is sure to be there
+                wanted = resumes if alive and kept is None else None
+                kept = _take_or_remove(real.with_name(name), wanted) or kept
+    return kept
 
 
-def _remove_unheld(temporary: Path) -> None:
+def _take_or_remove(
+    temporary: Path, resumes: Callable[[Path], bool] | None
+) -> tuple[Path, int] | None:
     with suppress(OSError):
         descriptor = os.open(temporary, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         try:
             if take(descriptor) and is_at(descriptor, temporary):
+                if resumes is not None and temporary.is_dir() and resumes(temporary):
+                    descriptor, taken = -1, descriptor
+                    return temporary, taken
                 _delete(temporary)
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
+    return None
 
 
 def _delete(temporary: Path) -> None:
@@ -224,13 +282,14 @@ def _delete(temporary: Path) -> None:
 
 
 @contextmanager
-def _cleaned(path: object, temporary: Path) -> Iterator[Path]:
+def _cleaned(path: object, temporary: Path, out: Path | None = None) -> Iterator[Path]:
     """Delete what is left of the temporary output; say which output it was that failed."""
+    shown = temporary if out is None else out
     try:
         yield temporary
     except FileError as error:
         # A sentence of its own, which may know the output under its temporary name alone.
-        told = str(error).replace(escaped(str(temporary)), escaped(str(path)))
+        told = str(error).replace(escaped(str(shown)), escaped(str(path)))
         error.args = (told,)
         raise
     except OSError as error:
@@ -259,24 +318,23 @@ def _opened(temporary: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _made(temporary: Path) -> Iterator[None]:
-    """The temporary directory, new, and locked."""
-    while True:
+def _made(temporary: Path, descriptor: int | None = None) -> Iterator[None]:
+    """The temporary directory, locked: a new one, or one whose lock a descriptor holds."""
+    while descriptor is None:
         temporary.mkdir()
         if not HAS_LOCKS:
             yield
             return
-        try:
+        with suppress(FileNotFoundError):  # taken for a dead one's, as above
             descriptor = os.open(temporary, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # as above
-        try:
-            if take(descriptor) is not False and is_at(descriptor, temporary):
-                yield
-                release(descriptor)
-                return
-        finally:
-            os.close(descriptor)
+            if take(descriptor) is False or not is_at(descriptor, temporary):
+                os.close(descriptor)
+                descriptor = None
+    try:
+        yield
+        release(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- renaming ---------------------------------------------------------------------------------
@@ -344,14 +402,21 @@ def _sync_directory(path: Path) -> None:
 
 
 def _sync_tree(root: Path) -> None:
+    """A file, or a directory and all that is in it."""
+    if not root.is_dir():
+        _sync_file(root)
     for directory, _, names in os.walk(root):
         for name in names:
-            descriptor = os.open(Path(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_file(Path(directory, name))
         _sync_directory(Path(directory))
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def copy_range(

@@ -6,13 +6,26 @@ A new format is one new file and one line in `FORMATS`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from lora_param.adapter import Adapter
 from lora_param.errors import MissingFileError, NoFormError, OptionError
 from lora_param.files.places import place, writable
-from lora_param.formats import kohya, native, peft, portable
+from lora_param.formats import (
+    diffusers,
+    gguf,
+    kohya,
+    loralib,
+    lycoris,
+    minlora,
+    mlx,
+    native,
+    peft,
+    portable,
+    torchtune,
+)
 from lora_param.formats.base import Format
 from lora_param.formats.native import check_adapter_name
 from lora_param.formats.unknown import ACCEPTED, unknown_adapter
@@ -21,6 +34,7 @@ from lora_param.names.table import read_names
 __all__ = [
     "FORMATS",
     "check_adapter_name",
+    "format_of",
     "is_adapter",
     "read_adapter",
     "toggle_file",
@@ -28,7 +42,20 @@ __all__ = [
 ]
 
 FORMATS: dict[str, Format] = {
-    f.name: f for f in (native.FORMAT, peft.FORMAT, portable.FORMAT, kohya.FORMAT)
+    f.name: f
+    for f in (
+        native.FORMAT,
+        mlx.FORMAT,  # before peft, whose directories have a file of the same name in them
+        diffusers.FORMAT,  # before peft, whose endings its keys have
+        peft.FORMAT,
+        portable.FORMAT,
+        kohya.FORMAT,
+        lycoris.FORMAT,
+        minlora.FORMAT,
+        loralib.FORMAT,
+        torchtune.FORMAT,
+        gguf.FORMAT,
+    )
 }
 """Name → format, in the order in which they are tried."""
 
@@ -43,22 +70,42 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return any(f.recognise(found) for f in FORMATS.values())
 
 
+def format_of(path: Path) -> Format:
+    """The format of what is at a path.
+
+    Raises:
+        MissingFileError, BrokenFileError, UnknownFileError: as for `read_adapter`.
+    """
+    if not path.exists():
+        raise MissingFileError(path, ACCEPTED)
+    found = next((f for f in FORMATS.values() if f.recognise(path)), None)
+    if found is None:
+        raise unknown_adapter(path)
+    return found
+
+
 def read_adapter(
     path: str | os.PathLike[str],
     *,
     layout: str | None = None,
     names: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
 ) -> Adapter:
     """Read an adapter of any format; its tensors are read when they are asked for.
 
     Args:
-        path: a native adapter file, a directory or file of PEFT, or a file of kohya's sd-scripts;
-            or a URL of one (see `place`).
+        path: an adapter file or directory, of any of `FORMATS`, or a URL of one (see `place`).
         layout: "out-in" or "in-out": how the base stores square weights, for a file that does not
             tell and a base whose classes are unknown.
         names: a file of further rules between the adapter's names and a base's.
+        alpha: what it was trained with, for a file that does not say it (loralib, minLoRA,
+            torchtune); the scale is alpha/rank.
+        enable_lora: as in loralib's MergedLinear: which of its equal blocks of rows are adapted.
 
     Raises:
+        UnsettledError: the file needs an alpha to be told, and none is given.
+        OptionError: something is told that the file says itself.
         NameRuleError: `names` cannot be read.
         MissingFileError: there is nothing at this path.
         BrokenFileError: it is damaged, or its tensors and its settings do not agree.
@@ -66,13 +113,18 @@ def read_adapter(
         NoFormError: it has something that has no form here.
     """
     path = place(path)
-    if not path.exists():
-        raise MissingFileError(path, ACCEPTED)
-    for known in FORMATS.values():
-        if known.recognise(path):
-            adapter = known.read(path, layout=layout)
-            return adapter if names is None else replace(adapter, names=read_names(names))
-    raise unknown_adapter(path)
+    known = format_of(path)
+    told = {"alpha": alpha, "enable_lora": enable_lora}
+    given = {name: value for name, value in told.items() if value is not None}
+    for name, value in given.items():
+        if name not in known.takes:
+            raise OptionError(name, value, f"nothing for {path}: {known.name} has no use for it")
+    adapter = known.read(path, layout=layout, **given)
+    if names is None:
+        return adapter
+    given_names = read_names(names)
+    own = adapter.names
+    return replace(adapter, names=given_names if own is None else own.joined(given_names))
 
 
 def write_adapter(
@@ -129,10 +181,10 @@ def toggle_file(
     """
     path = writable(path)
     if not path.exists() or not native.FORMAT.recognise(path):
-        found = read_adapter(path)  # says what is wrong with it
+        found = format_of(path)
         raise NoFormError(
             str(path),
-            f"the format {found.format}",
+            f"the format {found.name}",
             "in which targets cannot be switched on and off",
             "convert it first (lora-param convert ADAPTER --to native -o FILE --base MODEL)",
         )

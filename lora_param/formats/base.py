@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from lora_param.adapter import Adapter
+from lora_param.adapter import Adapter, Layer
 
-__all__ = ["Format", "Read", "Write"]
+__all__ = ["DORA", "PLAIN", "Format", "Read", "Write"]
+
+PLAIN = ("lora", "miss")
+"""The variants that are exact products of two factors."""
+
+DORA = (*PLAIN, "dora", "dora_columns")
 
 
 class Read(Protocol):
     """Reads the adapter at a path; its tensors are read when they are asked for."""
 
-    def __call__(self, path: Path, *, layout: str | None) -> Adapter:
+    def __call__(self, path: Path, *, layout: str | None, **told: Any) -> Adapter:
         """Read it.
 
         Args:
             path: what `recognise` has recognised.
             layout: "out-in" or "in-out": how square weights are stored, where nothing tells.
+            **told: what else the caller says of the file, each of its `takes`.
         """
 
 
@@ -42,9 +48,19 @@ class Format:
         read: see `Read`. What the file leaves open, the adapter's `settle` settles for a base.
         write: see `Write`. What the format needs to know of the base is in the adapter's
             `weights_at_hand`.
+        layers: the kinds of layer that it has factors for; None where what has none is for `write`
+            to say alone.
+        exact: the variants that it has a form for, where it has `layers`.
+        takes: what its files leave open and `read` may be told beside the layout: "alpha",
+            "enable_lora".
+        unsaid: what a file of this adapter does not say, to be told to whoever wrote it, or "".
     """
 
     name: str
     recognise: Callable[[Path], bool]
-    read: Read
+    read: Callable[..., Adapter]
     write: Write
+    layers: tuple[Layer, ...] | None = None
+    exact: tuple[str, ...] = PLAIN
+    takes: tuple[str, ...] = ()
+    unsaid: Callable[[Adapter], str] = lambda _: ""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_param.adapter import Adapter, AdapterTarget
+from lora_param.adapter import Adapter, AdapterTarget, Layer
 from lora_param.errors import NoFormError, UnsettledError
 from lora_param.formats.base import Format
 from lora_param.formats.peft.encode import Pair, pair_of
@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "SERVED", "portable"]
 
-SERVED = ("linear", "conv1d")
+SERVED: tuple[Layer, ...] = ("linear", "conv1d")
 """The kinds of layer that servers have factors for."""
+
+SERVED_RANK = 16
+"""The highest rank that servers take unless they are told (vLLM's max_lora_rank)."""
+
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can be told."""
 
 _INSTEAD = (
     "give --lossy to leave it out or to approximate it, or bake it (lora-param bake MODEL ADAPTER)"
@@ -123,5 +129,21 @@ def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
     write_peft(portable(adapter), path, force=force, sync=sync, leaves=True)
 
 
-FORMAT = Format("portable", lambda _: False, read_peft, _write)
+def _unsaid(adapter: Adapter) -> str:
+    """What a server has to be told, where the rank is above what it takes by itself."""
+    ranks: dict[str, int] = {}
+    for t in adapter.targets.values():
+        name = t.target.name
+        ranks[name] = ranks.get(name, 0) + t.settings.rank
+    rank = max(ranks.values(), default=0)
+    if rank <= SERVED_RANK:
+        return ""
+    takes = next((r for r in SERVED_RANKS if r >= rank), rank)
+    return (
+        f"It is of rank {rank}, and servers take {SERVED_RANK} at most by default: tell them "
+        f"(vLLM: --max-lora-rank {takes}), or resize it first (lora-param resize -r {SERVED_RANK})."
+    )
+
+
+FORMAT = Format("portable", lambda _: False, read_peft, _write, SERVED, unsaid=_unsaid)
 """No path is recognised as this format: what was written is PEFT's, and is read so."""

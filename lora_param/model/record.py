@@ -15,7 +15,7 @@ from lora_param.model.attach import chain_of, originals_of
 from lora_param.model.held import enabled_outside, switch_lora
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensor, own_sites, owners, sites, unwrapped
-from lora_param.model.weights import weights_of
+from lora_param.model.weights import config_of, weights_of
 from lora_param.names.fit import fitted
 from lora_param.targets.regions import Target
 from lora_param.weight.base import dense
@@ -57,7 +57,7 @@ def host_of(model: nn.Module) -> Host:
         return dense(base_tensor(*where[name])).detach()
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    return Host("the model", weights_of(model), value, kind)
+    return Host("the model", weights_of(model), value, kind, config=config_of(model))
 
 
 def for_model(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -118,7 +118,10 @@ def get_adapter(model: nn.Module, name: str = "default") -> Adapter:
         tensors |= {f"{site.key}.{n}": t for n, t in lora.factors().items()}
     base = fingerprint(model, (t.target.name for t in targets.values()))
     source = f"the adapter {name!r} of the model"
-    return Adapter(targets, tensors, base, name, source, weights_at_hand=weights)
+    config = config_of(model)
+    return Adapter(
+        targets, tensors, base, name, source, weights_at_hand=weights, config_at_hand=config
+    )
 
 
 def record_to_save(model: nn.Module, name: str) -> Adapter:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lora_param.targets.weights import Weight, canonical_name
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["buffers_of", "weights_of"]
+__all__ = ["buffers_of", "config_of", "weights_of"]
+
+
+def config_of(model: torch.nn.Module) -> Mapping[str, Any]:
+    """What the config of a model of transformers says; empty for others."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    found = to_dict() if callable(to_dict) else {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Weight]:

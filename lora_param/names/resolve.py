@@ -99,18 +99,23 @@ def resolve(
     names = default_names() if names is None else names
     known = dict.fromkeys(base)
     index = names.index(known)
+    heads = {n.partition(".")[0] for n in index}
     rules = [r for r in names.rules if r.only in ("", model_type)]
     found = Resolution()
     for name in dict.fromkeys(wanted):
         if name in known:
             found.places[name] = Here(name)
             continue
-        alike = index.get(names.canonical(name), [])
+        canonical = names.canonical(name)
+        part, _, rest = canonical.partition(".")
+        if part in names.parts and part not in heads:  # the base is that part on its own
+            canonical = rest
+        alike = index.get(canonical, [])
         if len(alike) > 1:
             found.ambiguous[name] = tuple(alike)
         elif alike:
             found.places[name] = Here(alike[0])
-        elif place := _by_rules(name, names.canonical(name), rules, index, found):
+        elif place := _by_rules(name, canonical, rules, index, found):
             found.places[name] = place
         else:
             found.missing.append(name)

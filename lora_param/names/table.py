@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 
 from lora_param.errors import NameRuleError
 
-__all__ = ["Names", "Part", "Rule", "default_names", "parse_names", "read_names"]
+__all__ = ["Names", "Part", "PathRule", "Rule", "default_names", "names_of", "parse_names"]
+__all__ += ["read_names"]
 
 _STEM, _EXPERT = "*", "#"
+_TOOLS = ("torchtune", "llama.cpp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,49 @@ class Rule:
         return len(self.parts) == 1 and not self.of_experts
 
 
+@dataclass(frozen=True, slots=True)
+class PathRule:
+    """Segments that mean the same as others, wherever they stand in a name.
+
+    Attributes:
+        other: how another tool writes them, e.g. `resblocks.#.attn`; `#` is any number.
+        own: how they are written here, e.g. `encoder.layers.#.self_attn`.
+    """
+
+    other: str
+    own: str
+
+    def applied(self, name: str) -> str:
+        """The name with its own segments.
+
+        >>> PathRule("resblocks.#.attn", "layers.#.self_attn").applied("a.resblocks.3.attn.weight")
+        'a.layers.3.self_attn.weight'
+        """
+        return _rewritten(name, self.other, self.own)
+
+    def undone(self, name: str) -> str:
+        """The name as the other tool writes it."""
+        return _rewritten(name, self.own, self.other)
+
+
+def _rewritten(name: str, old: str, new: str) -> str:
+    if f".{old.partition('.#')[0]}." not in f".{name}.":  # nearly always: a search is dearer
+        return name
+    return _segments(old).sub(lambda m: _filled(new, m.groups()), name, count=1)
+
+
+def _filled(text: str, numbers: Iterable[str]) -> str:
+    for number in numbers:
+        text = text.replace(_EXPERT, number, 1)
+    return text
+
+
+@cache
+def _segments(text: str) -> re.Pattern[str]:
+    parts = [r"(\d+)" if s == _EXPERT else re.escape(s) for s in text.split(".")]
+    return re.compile(rf"(?<![^.]){re.escape('.').join(parts)}(?![^.])")
+
+
 @dataclass(frozen=True)
 class Names:
     """All rules.
@@ -98,18 +143,46 @@ class Names:
     Attributes:
         prefixes: leading segments without a meaning of their own.
         rules: in the order in which they are tried.
+        paths: segments that other tools write otherwise, in the order in which they are applied.
+        parts: leading segments that a model has within a pipeline of several, and not on its own.
     """
 
     prefixes: frozenset[str]
     rules: tuple[Rule, ...]
+    paths: tuple[PathRule, ...] = ()
+    parts: frozenset[str] = frozenset()
     _known: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def canonical(self, name: str) -> str:
-        """A name without leading segments that tools add or leave out.
+        """A name without leading segments that tools add or leave out, in segments of our own.
 
         >>> default_names().canonical("base_model.model.model.layers.0.mlp.gate.weight")
         'layers.0.mlp.gate.weight'
         """
+        name = self._bare(name)
+        if self._first.isdisjoint(name.split(".")):  # as in nearly every name
+            return name
+        for rule in self.paths:
+            name = rule.applied(name)
+        return name
+
+    def aliases(self, name: str) -> list[str]:
+        """Every way to write a name in other tools' segments, its canonical form first.
+
+        >>> default_names().aliases("up_blocks.0.resnets.1.conv1")[-1]
+        'output_blocks.1.0.in_layers.2'
+        """
+        found = {self.canonical(name): None}
+        for rule in reversed(self.paths):
+            found |= dict.fromkeys([rule.undone(n) for n in found])
+        return list(found)
+
+    @cached_property
+    def _first(self) -> frozenset[str]:
+        """Segments with which what another tool writes begins."""
+        return frozenset(rule.other.partition(".")[0] for rule in self.paths)
+
+    def _bare(self, name: str) -> str:
         segments = name.split(".")
         start = 0
         while start < len(segments) - 1 and segments[start] in self.prefixes:
@@ -125,7 +198,9 @@ class Names:
 
     def joined(self, other: Names) -> Names:
         """These rules after those of `other`, which are tried first."""
-        return Names(self.prefixes | other.prefixes, other.rules + self.rules)
+        prefixes = self.prefixes | other.prefixes
+        paths, parts = other.paths + self.paths, other.parts | self.parts
+        return Names(prefixes, other.rules + self.rules, paths, parts)
 
 
 def parse_names(text: str, source: str) -> Names:
@@ -137,20 +212,39 @@ def parse_names(text: str, source: str) -> Names:
     >>> parse_names("*.qk.weight = *.q.weight | *.k.weight", "an example").rules[0].parts[1].text
     '*.k.weight'
     """
-    prefixes: set[str] = set()
+    heads: dict[str, set[str]] = {"prefix": set(), "part": set()}
     rules: list[Rule] = []
+    paths: list[PathRule] = []
     for number, line in enumerate(text.splitlines(), 1):
         written = "" if line.lstrip().startswith("#") else line.partition(" #")[0].strip()
         if not written:
             continue
-        if written.startswith("prefix ") and len(written.split()) == 2:
-            prefixes.add(written.split()[1])
+        kind, *rest = written.split()
+        if kind in heads and len(rest) == 1:
+            heads[kind].add(rest[0])
             continue
         try:
-            rules.append(_parse_rule(written))
+            if written.startswith("path "):
+                paths.append(_parse_path(written))
+            else:
+                rules.append(_parse_rule(written))
         except ValueError as error:
             raise NameRuleError(source, number, line, str(error)) from None
-    return Names(frozenset(prefixes), tuple(rules))
+    prefixes, models = (frozenset(heads[kind]) for kind in ("prefix", "part"))
+    return Names(prefixes, tuple(rules), tuple(paths), models)
+
+
+def _parse_path(text: str) -> PathRule:
+    sides = [side.strip() for side in text.removeprefix("path ").split("=")]
+    if len(sides) != 2 or not all(sides):
+        raise ValueError("it is not 'path OTHER = OWN'")
+    for side in sides:
+        segments = side.split(".")
+        if not all(segments) or any(c.isspace() for c in side) or _STEM in segments:
+            raise ValueError(f"{side!r} is no row of segments")
+    if len({side.split(".").count(_EXPERT) for side in sides}) != 1:
+        raise ValueError("both sides have as many '#'")
+    return PathRule(*sides)
 
 
 def _parse_rule(text: str) -> Rule:
@@ -193,8 +287,24 @@ def _parse_rule(text: str) -> Rule:
 @cache
 def default_names() -> Names:
     """The rules that come with the package."""
-    text = files("lora_param.names").joinpath("rules.txt").read_text(encoding="utf-8")
-    return parse_names(text, "rules.txt")
+    return _packaged("rules.txt")
+
+
+@cache
+def names_of(tool: str) -> Names:
+    """The packaged rules, and before them those of one tool whose names are for its files alone.
+
+    Args:
+        tool: "torchtune" or "llama.cpp", which have a file of rules here; others have none.
+    """
+    if tool not in _TOOLS:
+        return default_names()
+    return default_names().joined(_packaged(f"{tool}.txt"))
+
+
+def _packaged(file: str) -> Names:
+    text = files("lora_param.names").joinpath(file).read_text(encoding="utf-8")
+    return parse_names(text, file)
 
 
 def read_names(path: str | PathLike[str] | None) -> Names:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from lora_param.checkpoint.bake import BakeReport
+from lora_param.checkpoint.baked import BakeReport
 from lora_param.checkpoint.measures import BakedTarget
 from lora_param.errors import escaped
 from lora_param.report import figures

@@ -11,9 +11,9 @@ from checkpoint_samples import expected, trained, weights
 from test_checkpoint_shards import shard
 
 import lora_param as lp
-from lora_param.checkpoint.bake import parse_size
 from lora_param.checkpoint.create import create_adapter
 from lora_param.checkpoint.open import open_checkpoint
+from lora_param.checkpoint.options import parse_size
 from lora_param.errors import OptionError
 
 

@@ -62,7 +62,10 @@ def test_errors_are_one_sentence_and_write_nothing(cli: Cli, here: Path) -> None
         (("enable", "peft"), "cannot be switched"),
         (("disable", "peft"), "--to native"),
         (("convert", "peft", "--to", "native", "-o", "b.safetensors"), "--base MODEL"),
-        (("convert", "peft", "--to", "another", "-o", "b.safetensors"), "native, peft"),
+        (
+            ("convert", "peft", "--to", "another", "-o", "b.safetensors"),
+            "native, mlx, diffusers, peft",
+        ),
         (("convert", "peft", "--to", "peft", "-o", "peft", "--base", "base.pt"), "--force"),
         (("convert", "a.safetensors", "--to", "peft", "-o", "b"), "--base python:"),
     ):

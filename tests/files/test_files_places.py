@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import lora_param as lp
 from lora_param.errors import OutputError
 from lora_param.files import locks, writer
-from lora_param.files.writer import replace_directory, replace_file
+from lora_param.files.writer import RESULT, replace_directory, replace_file
 from lora_param.formats import toggle_file
 
 HOLD = """
@@ -235,7 +235,7 @@ def test_21_the_temporary_of_a_living_process_stays(kind, tmp_path):
         (living,) = tmp_path.iterdir()
         write(kind, path)
         assert set(tmp_path.iterdir()) == {path, living}
-        assert content_of(living) == b"half"
+        assert content_of(living / RESULT if kind == "directory" else living) == b"half"
     finally:
         process.kill()
         process.wait()

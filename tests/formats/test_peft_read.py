@@ -238,3 +238,17 @@ def test_a_checkpoint_under_another_prefix_is_found(
     wanted = lp.merged_state_dict(loaded(case, directory))
     for n, tensor in load_file(tmp_path / "out.safetensors").items():
         assert torch.equal(tensor, wanted[n if n in wanted else f"{own}{n}"]), n
+
+
+def test_loading_says_that_the_file_does_not_say_its_base(
+    written: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = CASES["llama-rslora-patterns"]
+    _, directory, _ = written(case)
+    model = loaded(case, directory)
+    (note,) = [r.getMessage() for r in caplog.records if r.name == "lora_param"]
+    assert note.startswith(f"{directory} does not say what base it was made on")
+    caplog.clear()
+    lp.save(model, tmp_path / "a.safetensors")  # this one does
+    lp.load(base_of(case), tmp_path / "a.safetensors")
+    assert not [r for r in caplog.records if r.name == "lora_param"]

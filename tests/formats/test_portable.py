@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,18 @@ def test_on_the_command_line_the_loss_is_printed(
     assert {row["target"].split(".")[-2] for row in rows} == {"q_proj"}
     assert call([*command, "--lossy", "--force"]) == 0
     assert "2 → 2" in capsys.readouterr().out
+
+
+def test_a_rank_above_what_servers_take_by_default_is_noted(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    for rank, told in [(16, ""), (17, "rank 17.*--max-lora-rank 32")]:
+        model = trained(lp.apply(base_of(case), ["q_proj[0:8]:rank=1", "up_proj"], rank=16))
+        if rank == 17:
+            model = trained(
+                lp.apply(base_of(case), ["up_proj[0:8]:rank=1", "up_proj[8:24]"], rank=16)
+            )
+        record = lp.convert(lp.get_adapter(model), "portable", tmp_path / f"{rank}")
+        assert config_of(tmp_path / f"{rank}")["r"] == rank
+        said = [n for n in record.notes if "--max-lora-rank" in n]
+        assert len(said) == bool(told)
+        assert all(re.search(told, n) for n in said)

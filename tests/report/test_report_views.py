@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lora_param.checkpoint.bake import BakeReport
+from lora_param.checkpoint.baked import BakeReport
 from lora_param.checkpoint.measures import BakedTarget
 from lora_param.report import figures
 from lora_param.report.stats import Stats, TargetRow, WeightRow

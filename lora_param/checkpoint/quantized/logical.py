@@ -64,9 +64,9 @@ class QuantizedCheckpoint(Checkpoint):
         return weights
 
     @property
-    def model_type(self) -> str | None:
+    def config(self) -> Mapping[str, Any]:
         """The stored checkpoint's."""
-        return self.stored.model_type
+        return self.stored.config
 
     @property
     def nbytes(self) -> int:
