@@ -455,6 +455,8 @@ def convert(
 
     >>> convert("peft-directory", "native", "adapter.safetensors", base="model")  # doctest: +SKIP
     """
+    if to not in FORMATS:
+        raise OptionError("format", to, ", ".join(FORMATS))
     if rank is not None and not lossy:
         raise OptionError("rank", rank, "nothing without --lossy (lossy=True)")
     if isinstance(adapter, Adapter):

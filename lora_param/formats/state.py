@@ -6,7 +6,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,12 +51,19 @@ def names_in(path: Path) -> list[str]:
     Raises:
         BrokenFileError: a safetensors file is damaged.
     """
-    if not path.is_file():
-        return []
     kind = path.suffix.lower()
+    if not path.is_file() or kind not in (".safetensors", *_PICKLES):
+        return []
+    s = path.stat()
+    return list(_names_in(path, kind, (s.st_ino, s.st_size, s.st_mtime_ns)))
+
+
+@lru_cache(maxsize=8)
+def _names_in(path: Path, kind: str, state: tuple[int, int, int]) -> list[str]:  # noqa: ARG001
+    """Kept, since each format asks in turn; `state` tells a file from what stood there before."""
     if kind == ".safetensors":
         return list(read_header(path).entries)
-    if kind not in _PICKLES or not is_zip(path):
+    if not is_zip(path):
         return []
     try:
         with zipfile.ZipFile(path) as archive:
