@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickletools
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,10 @@ __all__ = ["StateFile", "names_in", "open_state", "write_state"]
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINUNICODE8")
+_DAMAGED = (
+    *(zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError),
+    *(ValueError, IndexError, OverflowError, struct.error),  # pickletools reads what it finds
+)
 _MOST = 1 << 26  # bytes of a pickle beside its tensors; one of an adapter has some thousands
 
 
@@ -67,12 +73,16 @@ def _names_in(path: Path, kind: str, state: tuple[int, int, int]) -> list[str]: 
         return []
     try:
         with zipfile.ZipFile(path) as archive:
-            record = next((r for r in archive.infolist() if r.filename.endswith("/data.pkl")), None)
-            if record is None or record.file_size > _MOST:
+            records = archive.infolist()
+            record = next((r for r in records if r.filename.endswith("/data.pkl")), None)
+            if record is None or record.compress_type or record.file_size > _MOST:
                 return []
-            found = pickletools.genops(archive.read(record))
+            content = archive.read(record)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts that are damaged
+            found = pickletools.genops(content)
             return [str(text) for code, text, _ in found if code.name in _TEXTS]
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+    except _DAMAGED:
         return []
 
 
