@@ -9,7 +9,10 @@ from typing import Protocol
 
 from lora_param.adapter import Adapter, Layer
 
-__all__ = ["DORA", "PLAIN", "Format", "Write"]
+__all__ = ["DORA", "LAYOUTS", "PLAIN", "Format", "Write"]
+
+LAYOUTS = ("out-in", "in-out")
+"""How a base may store square weights."""
 
 PLAIN = ("lora", "miss")
 """The variants that are exact products of two factors."""
@@ -34,8 +37,8 @@ class Format:
         recognise: the path holds an adapter of this format. It raises BrokenFileError for a file
             that is of no format because it is damaged.
         read: reads the adapter at a path that `recognise` has recognised; its tensors are read when
-            they are asked for. It takes `layout` ("out-in" or "in-out": how square weights are
-            stored, where nothing tells) and what `takes` names, as keywords. What the file leaves
+            they are asked for. It takes `layout` (one of `LAYOUTS`: how square weights are stored,
+            where nothing tells) and what `takes` names, as keywords. What the file leaves
             open, the adapter's `settle` settles for a base.
         write: see `Write`. What the format needs to know of the base is in the adapter's
             `weights_at_hand`.
