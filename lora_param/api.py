@@ -461,8 +461,6 @@ def convert(
 
     >>> convert("peft-directory", "native", "adapter.safetensors", base="model")  # doctest: +SKIP
     """
-    if to not in FORMATS:
-        raise OptionError("format", to, ", ".join(FORMATS))
     if rank is not None and not lossy:
         raise OptionError("rank", rank, f"nothing without {worded('lossy=True', '--lossy')}")
     written_as = format_named(to)
