@@ -16,7 +16,7 @@ from lora_param.fingerprint import BaseWeight
 from lora_param.names.table import Names
 from lora_param.targets.plan import PlannedTarget
 from lora_param.targets.regions import Target
-from lora_param.targets.settings import INITIAL, VARIANTS, Settings
+from lora_param.targets.settings import INITIAL, Settings
 from lora_param.targets.weights import Weight
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class Adapter:
 
     def tensor_names(self, key: str) -> list[str]:
         """The short names of one target's tensors."""
-        named = (*VARIANTS[self.targets[key].settings.variant], *INITIAL)
+        named = (*self.targets[key].settings.axes, *INITIAL)
         return [n for n in named if f"{key}.{n}" in self.tensors]
 
     def weights(self) -> dict[str, Weight]:
@@ -271,6 +271,9 @@ def check_fit(
         raise FingerprintError(adapter.source, base_name, differing)
 
 
+_FACTORS = ("lora_", "hada_", "lokr_", "oft_", "diff")
+"""How the names of tensors begin that make an update zero where they are."""
+
 _ROUNDING = 1e-5  # of ‖W‖: what rounding alone makes of an update that is zero
 
 
@@ -279,8 +282,8 @@ def is_dead(
 ) -> bool:
     """A target's update is zero because its factors have not been trained.
 
-    A variant multiplies its factors, whose names begin with `lora_`: one that is zero makes the
-    update zero, or leaves what else it has (DoRA's magnitude) to the norms.
+    A variant multiplies its factors: one that is zero makes the update zero, or leaves what else
+    it has (DoRA's magnitude) to the norms.
 
     Args:
         tensors: the target's tensors or arrays, by their short names.
@@ -293,7 +296,7 @@ def is_dead(
     if all(n in tensors for n in INITIAL):  # they start at a difference of equals
         untrained = all(bool((tensors[i] == tensors[f]).all()) for i, f in INITIAL.items())
     else:
-        untrained = not all(bool(t.any()) for n, t in tensors.items() if n.startswith("lora_"))
+        untrained = not all(bool(t.any()) for n, t in tensors.items() if n.startswith(_FACTORS))
     if not untrained or update_norm is None or weight_norm is None:
         return untrained
     return not update_norm > _ROUNDING * weight_norm  # of NaN nothing is known: untrained

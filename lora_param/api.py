@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from lora_param.adapter import Adapter, AdapterTarget, Host, check_name
-from lora_param.arithmetic.approximate import PLAIN, approximate
+from lora_param.arithmetic.approximate import approximate
 from lora_param.arithmetic.combine import Compressed
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.fit import host_of as checkpoint_host
@@ -30,9 +30,7 @@ from lora_param.formats import (
     toggle_file,
     write_adapter,
 )
-from lora_param.formats.kohya import LAYERS as KOHYA_LAYERS
 from lora_param.formats.peft.kinds import kinds_of
-from lora_param.formats.portable import SERVED
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.stats import Stats
@@ -431,7 +429,8 @@ def convert(
     Args:
         adapter: a record, or the path of one in any format that `read_adapter` takes.
         to: a name of `FORMATS`: "native", "peft", "portable" (what every server takes), "kohya",
-            "diffusers", "loralib", "minlora", "torchtune", "mlx", "gguf".
+            "lycoris" (kohya's form, with what LyCORIS has beside LoRA), "diffusers", "loralib",
+            "minlora", "torchtune", "mlx", "gguf".
         out: the file to write, for "peft", "portable" and "mlx" the directory.
         base: the model or the checkpoint that it is for. A file of another tool leaves open what
             only the base tells, such as how it stores its weights; PEFT's depends on its layers.
@@ -499,13 +498,12 @@ def _nearest(
     report: Callable[[Compressed], None] | None,
 ) -> Adapter:
     """What a format has a form for; all of it where nothing is lost."""
-    if rank is None and to not in ("portable", "kohya"):
+    form = FORMATS[to]
+    if rank is None and form.layers is None:
         return record
-    kinds = kinds_of(record) if to in ("portable", "kohya") else {}
-    served = SERVED if to == "portable" else KOHYA_LAYERS if to == "kohya" else None
+    kinds = {} if form.layers is None else kinds_of(record)
 
     def has_form(t: AdapterTarget) -> bool:
-        return served is None or kinds.get(t.target.name) in served
+        return form.layers is None or kinds.get(t.target.name) in form.layers
 
-    exact = (*PLAIN, "dora", "dora_columns") if to == "kohya" else PLAIN
-    return approximate(record, host, has_form, exact=exact, rank=rank, report=report)
+    return approximate(record, host, has_form, exact=form.exact, rank=rank, report=report)

@@ -46,7 +46,9 @@ class Case:
     def exact_weights(self) -> bool:
         """The reference's arithmetic is the library's own, operation for operation. DoRA's norms
         are added up in another order, and so are an initial pair and a second adapter."""
-        return "dora" not in self.variant and self.init == "kaiming" and len(self.adapters) == 1
+        lengths = "dora" in self.variant or "form" in self.kwargs
+        factors = self.variant not in ("loha", "lokr")  # scaled last, after a product of products
+        return factors and not lengths and self.init == "kaiming" and len(self.adapters) == 1
 
     @property
     def exact_when_fresh(self) -> bool:
@@ -330,6 +332,7 @@ _DECOMPOSED = """linear linear-4d-input linear-rows linear-columns linear-parts 
 conv2d-rows conv2d-grouped conv-transpose mha mha-q-and-v encoder lstm bare-stack tied-together
 tied-apart experts packed-parts rslora double"""
 _DROPPED = "linear mlp conv2d mha encoder experts bare-stack"
+_LENGTHS = "linear linear-rows mlp embedding conv2d mha lstm bare-stack packed-base"
 _OTHERS = """linear linear-rows linear-block mlp embedding embedding-pad conv2d conv2d-grouped
 conv-transpose mha mha-q-and-v encoder lstm gru-cell bare-stack tied-together tied-apart experts
 packed packed-parts packed-base"""
@@ -346,6 +349,13 @@ CASES = [
     *PLAIN,
     *_also(f"{_DECOMPOSED} packed-base packed-base-layers embedding-pad", "dora", variant="dora"),
     *_also(_OTHERS, "miss", variant="miss"),
+    *_also(_OTHERS, "loha", variant="loha"),
+    *_also(_OTHERS, "lokr", variant="lokr"),
+    *_also(_LENGTHS, "loha-rows", variant="loha", kwargs={"form": "rows"}),
+    *_also(_LENGTHS, "lokr-full-rows", variant="lokr", kwargs={"form": "full+rows"}),
+    *_also(_LENGTHS, "loha-columns", variant="loha", kwargs={"form": "columns"}),
+    *_also("linear mlp conv2d", "loha-bf16", dtype=torch.bfloat16, variant="loha"),
+    *_also("linear conv2d", "loha-dropout", dropout=0.3, variant="loha"),
     *_also(f"{_DECOMPOSED} packed-base", "dora-columns", variant="dora_columns"),
     *_also("linear mlp embedding conv2d mha encoder lstm experts", "bf16", dtype=torch.bfloat16),
     *_also("linear mlp", "half", dtype=torch.float16),
@@ -385,7 +395,16 @@ def reference_delta(
         blocks = -(-W.shape[-1] // M.shape[-2])
         repeated = M.mT.repeat(*[1] * (M.dim() - 1), blocks)  # (*, out, ≥ in)
         return scale * repeated[..., : W.shape[-1]]
-    update = scale * (tensors["lora_B"] @ tensors["lora_A"])
+    if "hada_w1_a" in tensors:
+        first, second = (tensors[f"hada_w{i}_a"] @ tensors[f"hada_w{i}_b"] for i in "12")
+        update = scale * first * second
+    elif "lokr_w1" in tensors:
+        if (w2 := tensors.get("lokr_w2")) is None:
+            w2 = tensors["lokr_w2_a"] @ tensors["lokr_w2_b"]
+        blocks = torch.einsum("...ac,...bd->...abcd", tensors["lokr_w1"], w2)
+        update = scale * blocks.reshape(W.shape)
+    else:
+        update = scale * (tensors["lora_B"] @ tensors["lora_A"])
     if "initial_A" in tensors:
         update = update - scale * (tensors["initial_B"] @ tensors["initial_A"])
     if "magnitude" not in tensors:
@@ -438,7 +457,8 @@ def reference_weights(
                     if f"{adapter}:{key}.{n}" in factors
                 }
             W = base[name]
-            of_columns = target.settings.variant == "dora_columns"
+            settings = target.settings
+            of_columns = settings.variant == "dora_columns" or "columns" in settings.form
             new = reference_weight(W, slice_text, tensors, target.scale, of_columns)
             if name in weights:  # each adds what it adds to W alone
                 new = weights[name] + (new - W)

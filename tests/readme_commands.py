@@ -39,7 +39,9 @@ def _command(name: str, command: Any) -> str:
         default = option.default
         shown = (
             f" Default: {default}."
-            if isinstance(default, (int, float, str, Path)) and not isinstance(default, bool)
+            if isinstance(default, (int, float, str, Path))
+            and not isinstance(default, bool)
+            and default != ""
             else ""
         )
         lines.append(f"| {spelled} | {option.help}{shown} |")

@@ -18,6 +18,7 @@ ORDER = [
     "printing",
     "targets.regions",
     "targets.weights",
+    "targets.forms",
     "targets.settings",
     "targets.options",
     "targets.lora_config",

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 from lora_param.adapter import Adapter, AdapterTarget, Host
 from lora_param.arithmetic.combine import Compressed
 from lora_param.errors import UnsettledError
+from lora_param.formats.base import PLAIN
 from lora_param.targets.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PLAIN", "approximate"]
-
-PLAIN = ("lora", "miss")
-"""The variants that are exact products of two factors."""
+__all__ = ["approximate"]
 
 
 def approximate(
@@ -79,10 +77,10 @@ def _nearest(
     from lora_param.weight.lowrank import Kept, factorize, reduce_product
     from lora_param.weight.precision import compute_dtype
     from lora_param.weight.update import fold_initial
-    from lora_param.weight.variants import variant_named
+    from lora_param.weight.variants import variant_of
 
     t = adapter.targets[key]
-    variant = variant_named(t.settings.variant)
+    variant = variant_of(t.settings)
     scale, region = t.scale, t.target.region
     tensors = fold_initial(
         {n: f.detach().cpu().to(compute_dtype(f.dtype)) for n, f in adapter.factors(key).items()}
@@ -92,14 +90,18 @@ def _nearest(
     if t.settings.variant == "lora":
         low = reduce_product(tensors["lora_A"], tensors["lora_B"] * (scale * t.strength), keep)
     else:
-        if host is None:
+        if host is None and variant.needs_W:
             raise UnsettledError(
                 adapter.source,
                 [key],
                 f"the weights on which an update of variant {t.settings.variant} depends",
                 "give the base (--base MODEL, base=)",
             )
-        W = host.value(t.target.name).detach().cpu()[region.index]
-        W = W.to(torch.promote_types(W.dtype, torch.float32)).reshape(shape)  # (*, m, n)
+        if variant.needs_W:
+            assert host is not None
+            W = host.value(t.target.name).detach().cpu()[region.index]
+            W = W.to(torch.promote_types(W.dtype, torch.float32)).reshape(shape)  # (*, m, n)
+        else:
+            W = torch.zeros(()).expand(shape)
         low = factorize(variant.delta(W, dict(tensors), scale, t.strength), keep)
     return low.A, low.B, math.sqrt(max(0.0, 1 - low.energy))

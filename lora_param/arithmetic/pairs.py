@@ -39,17 +39,17 @@ def pair_of(adapter: Adapter, key: str, what: str) -> Pair:
     """
     from lora_param.weight.precision import compute_dtype
     from lora_param.weight.update import fold_initial
-    from lora_param.weight.variants import variant_named
+    from lora_param.weight.variants import variant_of
 
     if adapter.settle is not None:
         give = "convert it first (lora-param convert ADAPTER --to native --base MODEL -o FILE)"
         raise UnsettledError(adapter.source, [key], f"how its base stores W, to {what}", give)
     t = adapter.targets[key]
-    variant = variant_named(t.settings.variant)
-    if variant.uses_W:
-        raise VariantError(what, adapter.source, key, t.settings.variant)
+    variant = variant_of(t.settings)
     tensors = fold_initial(
         {n: f.detach().cpu().to(compute_dtype(f.dtype)) for n, f in adapter.factors(key).items()}
     )
-    A, B, scale = variant.pair(tensors, t.scale, t.strength)
-    return Pair(A, B, scale)
+    pair = variant.pair(tensors, t.scale, t.strength)
+    if pair is None:
+        raise VariantError(what, adapter.source, key, t.settings.variant)
+    return Pair(*pair)

@@ -7,7 +7,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,23 +145,15 @@ def _places(
     merging: Merging, part: PickleCheckpoint, members: Mapping[int, _Member]
 ) -> dict[_Member, dict[int, str]] | None:
     """Where the data of the weights that change are: a name for each, by member and offset."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about sparse and quantized tensors
-        try:  # on the meta device, torch notes where a storage is in the file instead of reading it
-            empty = torch.load(part.path, map_location="meta", weights_only=True)
-        except (RuntimeError, NotImplementedError):
-            return None  # what it holds is known to no such device: quantized tensors
-    for key in part.nesting:
-        empty = empty[key]
+    names = [name for name in part if name in merging.pieces]
+    try:
+        starts = _starts(part, names)
+    except (RuntimeError, NotImplementedError):
+        return None  # what it holds is known to no such device: quantized tensors
     uses = _uses(part.content)
     found: dict[_Member, dict[int, str]] = {}
-    for name in part:
-        if name not in merging.pieces:
-            continue
-        W, storage = part.state_dict[name], empty[name].untyped_storage()
-        member = members.get(getattr(storage, "_checkpoint_offset", -1))
+    for name, start in zip(names, starts, strict=True):
+        W, member = part.state_dict[name], members.get(-1 if start is None else start)
         if member is None or not W.is_contiguous() or W.is_conj() or W.is_neg():
             return None
         if member.stop - member.start != W.untyped_storage().nbytes():
@@ -172,6 +164,28 @@ def _places(
             return None
         found.setdefault(member, {})[member.start + W.storage_offset() * W.itemsize] = name
     return found
+
+
+def _starts(part: PickleCheckpoint, names: Sequence[str]) -> list[int | None]:
+    """Where the data of the storages of weights begin in the file; None where it is not known."""
+    import torch
+
+    def starts() -> list[int | None]:
+        content = torch.load(part.path, map_location="meta", weights_only=True)  # reads no data
+        for key in part.nesting:
+            content = content[key]
+        storages = [content[name].untyped_storage() for name in names]
+        return [getattr(storage, "_checkpoint_offset", None) for storage in storages]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about sparse and quantized tensors
+        found = starts()
+        if None in found:  # an older torch notes it in this mode alone, a second's import
+            from torch._subclasses.fake_tensor import FakeTensorMode
+
+            with FakeTensorMode():
+                found = starts()
+        return found
 
 
 def _uses(content: Any) -> dict[int, list[Tensor]]:

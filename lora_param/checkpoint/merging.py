@@ -64,11 +64,11 @@ class Piece:
     def update(self, dtype: torch.dtype) -> Update | Deferred:
         """The update as a live model makes it, its tensors read, and cast to the merge's dtype."""
         from lora_param.weight.update import fold_initial, make_update
-        from lora_param.weight.variants import variant_named
+        from lora_param.weight.variants import variant_of
 
         t, tensors = self.target, fold_initial(self.factors())
         wide = {n: x.to(dtype).contiguous() for n, x in tensors.items()}
-        variant = variant_named(t.settings.variant)
+        variant = variant_of(t.settings)
         return make_update(variant, wide, t.scale, t.strength * self.weight, self.region)
 
 
@@ -159,13 +159,13 @@ class Merging:
         One block, of all of it, where updates overlap in part, share rows, or need more of W than
         some rows.
         """
-        from lora_param.weight.variants import variant_named
+        from lora_param.weight.variants import variant_of
 
         pieces = self.pieces.get(name, [])
         regions: dict[Region, list[Piece]] = {}
         for piece in pieces:
             regions.setdefault(piece.region, []).append(piece)
-        variants = {variant_named(p.target.settings.variant) for p in pieces}
+        variants = {variant_of(p.target.settings) for p in pieces}
         # a block of a range of columns is whole rows, in which other columns may be changed, too
         beside = len(regions) > 1 and any(r.columns is not None for r in regions)
         if (

@@ -18,6 +18,7 @@ from lora_param.cli.options import (
     Alpha,
     AnyBase,
     Force,
+    Html,
     Json,
     Key,
     Layout,
@@ -29,11 +30,14 @@ from lora_param.cli.options import (
     weighted,
 )
 from lora_param.cli.terminal import Command, Group, progress_bar, show, show_json
+from lora_param.report.page.rendering import check_page
 from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
 
-_FORMATS = "native, peft, portable, kohya, diffusers, loralib, minlora, torchtune, mlx or gguf."
+_FORMATS = (
+    "native, peft, portable, kohya, lycoris, diffusers, loralib, minlora, torchtune, mlx or gguf."
+)
 
 app = typer.Typer(
     name="lora-param",
@@ -163,10 +167,7 @@ def stats(
     norms: Annotated[
         bool, typer.Option("--norms/--no-norms", help="Measure the updates; reads the weights.")
     ] = True,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
-    ] = None,
+    html: Html = None,
     key: Key = None,
     layout: Layout = None,
     alpha: Alpha = None,
@@ -180,8 +181,6 @@ def stats(
     Example: lora-param stats model.safetensors adapter.safetensors
     """
     if html is not None:
-        from lora_param.report.page.document import check_page
-
         check_page(html, force=force)
     with progress_bar("Measuring", quiet=json) as progress:
         found = lp.stats(

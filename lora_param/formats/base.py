@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_param.adapter import Adapter
+from lora_param.adapter import Adapter, Layer
 
-__all__ = ["Format", "Read", "Write"]
+__all__ = ["DORA", "PLAIN", "Format", "Read", "Write"]
+
+PLAIN = ("lora", "miss")
+"""The variants that are exact products of two factors."""
+
+DORA = (*PLAIN, "dora", "dora_columns")
 
 
 class Read(Protocol):
@@ -43,6 +48,9 @@ class Format:
         read: see `Read`. What the file leaves open, the adapter's `settle` settles for a base.
         write: see `Write`. What the format needs to know of the base is in the adapter's
             `weights_at_hand`.
+        layers: the kinds of layer that it has factors for; None where what has none is for `write`
+            to say alone.
+        exact: the variants that it has a form for, where it has `layers`.
         takes: what its files leave open and `read` may be told beside the layout: "alpha",
             "enable_lora".
         unsaid: what a file of this adapter does not say, to be told to whoever wrote it, or "".
@@ -52,5 +60,7 @@ class Format:
     recognise: Callable[[Path], bool]
     read: Callable[..., Adapter]
     write: Write
+    layers: tuple[Layer, ...] | None = None
+    exact: tuple[str, ...] = PLAIN
     takes: tuple[str, ...] = ()
     unsaid: Callable[[Adapter], str] = lambda _: ""

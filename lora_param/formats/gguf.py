@@ -357,4 +357,4 @@ def _alpha(adapter: Adapter) -> float:
     return 0.0
 
 
-FORMAT = Format("gguf", _recognise, _read, _write)
+FORMAT = Format("gguf", _recognise, _read, _write, LAYERS)

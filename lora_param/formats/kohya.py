@@ -29,11 +29,22 @@ from lora_param.files.header import read_header
 from lora_param.files.safetensors import NAMES, SafetensorsFile, StreamEntry, write_safetensors
 from lora_param.files.writer import replace_file
 from lora_param.fingerprint import BaseWeight
-from lora_param.formats.base import Format
-from lora_param.formats.peft.encode import Pair, pair_of
+from lora_param.formats.base import DORA, Format
+from lora_param.formats.lycoris_kinds import (
+    MAGNITUDE,
+    NUMBER,
+    SUFFIXES,
+    UNKNOWN,
+    Module,
+    Part,
+    encode,
+    lengths_of,
+    parts_of,
+)
+from lora_param.formats.peft.encode import Pair, check_whole, is_lora, pair_of
 from lora_param.formats.peft.kinds import kinds_of, split_name
 from lora_param.formats.peft.patterns import exact_alpha
-from lora_param.names.flat import flattened
+from lora_param.names.flat import aliased, flattened
 from lora_param.names.table import default_names
 from lora_param.targets.regions import Target
 from lora_param.targets.settings import Settings
@@ -41,7 +52,7 @@ from lora_param.targets.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "LAYERS"]
+__all__ = ["FORMAT", "LAYERS", "flat_names", "read_modules", "write_modules"]
 
 LAYERS: tuple[Layer, ...] = ("linear", "conv")
 """The kinds of layer that sd-scripts adapts."""
@@ -56,10 +67,11 @@ _COMPONENTS: Mapping[str, tuple[str, ...]] = {
 }
 """Prefix of a lora name → where a base of several models has that one; alone, it has no prefix."""
 
-_NUMBER, _MAGNITUDE = "alpha", "dora_scale"
 _DOWN, _UP, _MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-_SUFFIXES = (_DOWN, _UP, _MID, _NUMBER, _MAGNITUDE)
+_SUFFIXES = (_DOWN, _UP, _MID)
 _METADATA = {"format": "pt"}
+_NEITHER = ("oft_columns",)
+_OF_RANK = ("hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # their first dimension is the rank
 
 
 @dataclass(frozen=True)
@@ -73,14 +85,16 @@ class _Module:
 def _recognise(path: Path) -> bool:
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return False
-    return any(_prefix(n) and n.endswith((_DOWN, _UP)) for n in read_header(path).entries)
+    suffixes = {n.partition(".")[2] for n in read_header(path).entries if _prefix(n)}
+    return bool(suffixes & {*_SUFFIXES, *SUFFIXES, *UNKNOWN})
 
 
 def _prefix(name: str) -> str:
     return next((p for p in _COMPONENTS if name.startswith(p)), "")
 
 
-def _read(path: Path, *, layout: str | None) -> Adapter:
+def read_modules(path: Path, *, layout: str | None) -> Adapter:
+    """Read a file of `<lora name>.<suffix>`: sd-scripts' own, or LyCORIS'."""
     if layout is not None:
         raise OptionError("layout", layout, f"nothing for {path}, whose layers tell how W is")
     file = SafetensorsFile(path)
@@ -88,7 +102,7 @@ def _read(path: Path, *, layout: str | None) -> Adapter:
 
 
 def _modules(file: SafetensorsFile) -> list[_Module]:
-    """The modules of a file, each with both factors.
+    """The modules of a file.
 
     Raises:
         BrokenFileError: a key of another convention, or a factor without the other.
@@ -101,12 +115,13 @@ def _modules(file: SafetensorsFile) -> list[_Module]:
             raise BrokenFileError(
                 file.path, f"{key} is no name of sd-scripts, as the others are (lora_unet_...)"
             )
-        if suffix not in _SUFFIXES:
-            what = "a kind of update that is not known here"
+        if suffix not in (*_SUFFIXES, *SUFFIXES, NUMBER, MAGNITUDE):
+            what = f"of {UNKNOWN.get(suffix, 'a kind of update')} that is not known here"
             raise NoFormError(str(file.path), key, what, "bake it with the tool that made it")
         found.setdefault(name, {})[suffix] = key
     for name, keys in found.items():
-        if lacking := [s for s in (_DOWN, _UP) if s not in keys]:
+        own = any(s in keys for s in SUFFIXES)
+        if lacking := [s for s in (_DOWN, _UP) if s not in keys and not own]:
             raise BrokenFileError(file.path, f"{name} has no {lacking[0]}")
     return [_Module(name, keys) for name, keys in found.items()]
 
@@ -120,32 +135,44 @@ def _settle(file: SafetensorsFile, modules: list[_Module], host: Host | None) ->
     base: dict[str, BaseWeight] = {}
     differing = []
     for module in modules:
-        name = names[module.name]
-        shape, rank = _shapes(file, module)
-        W = None if host is None else host.weights.get(name)
-        if W is not None and _core(W.shape) != _core(shape):
-            differing.append(f"{name} is {W.shape}, the adapter's tensors are for {shape}")
-            continue
-        shape = shape if W is None else W.shape
-        settings, strength = _settings(file, module, rank, shape)
-        layer: Layer = "conv" if len(shape) > 2 else "linear"
-        apart = () if W is None else W.tied
-        targets[name] = AdapterTarget(Target(name), settings, strength, apart=apart, layer=layer)
-        base[name] = BaseWeight(shape)
-        makers |= {f"{name}.{n}": make for n, make in _makers(file, module).items()}
+        weight = names[module.name]
+        own = None if host is None else host.weights.get(weight)
+        for part in _parts(file, module, None if own is None else own.shape):
+            name = f"{weight.removesuffix('weight')}{part.leaf}"
+            W = None if host is None else host.weights.get(name)
+            if (W and not part.fits(W.shape)) or (own and not W):
+                theirs = f"is {W.shape}" if W else "is not there"
+                differing.append(f"{name} {theirs}, the adapter's tensors are for {part.shape}")
+                continue
+            shape = part.shape if W is None else W.shape
+            layer: Layer = "" if len(shape) < 2 else "conv" if len(shape) > 2 else "linear"
+            targets[name] = AdapterTarget(
+                Target(name),
+                part.settings,
+                part.strength,
+                apart=() if W is None else W.tied,
+                layer=layer,
+            )
+            base[name] = BaseWeight(shape)
+            makers |= {f"{name}.{n}": make for n, make in part.makers.items()}
     if differing:
         assert host is not None
-        wanted = len(modules)
+        wanted = len(targets) + len(differing)
         raise MismatchError(
             str(file.path), host.name, shapes=differing, matched=len(targets), wanted=wanted
         )
-    extra = {"metadata": file.metadata, "names": {names[m.name]: m.name for m in modules}}
+    others = not all(is_lora(t.settings) for t in targets.values())
+    extra = {
+        "metadata": file.metadata,
+        "names": {names[m.name]: m.name for m in modules},
+        "numbers": {names[m.name]: _number(file, m) for m in modules},
+    }
     return Adapter(
         targets,
         LazyTensors(makers),
         base,
         source=str(file.path),
-        format="kohya",
+        format="lycoris" if others else "kohya",
         extra={"kohya": extra},
         notes=(
             "sd-scripts' files do not say what base they were made on: names and shapes alone "
@@ -155,23 +182,98 @@ def _settle(file: SafetensorsFile, modules: list[_Module], host: Host | None) ->
     )
 
 
-def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 convolution has the factors of a linear layer."""
-    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
+def _number(file: SafetensorsFile, module: _Module) -> Tensor | None:
+    """`alpha` as it is in the file.
+
+    Raises:
+        BrokenFileError: it is no finite number.
+    """
+    key = module.keys.get(NUMBER)
+    if key is None:
+        return None
+    number = file[key]
+    if number.numel() != 1 or not math.isfinite(number.item()):
+        raise BrokenFileError(file.path, f"{key} is no finite number")
+    return number
+
+
+def _parts(file: SafetensorsFile, module: _Module, W: tuple[int, ...] | None) -> list[Part]:
+    """The targets of a module, for a weight of this shape."""
+    number = _number(file, module)
+    told = 0.0 if number is None else float(number.item())
+
+    def scaled(rank: int) -> tuple[int, float, float]:
+        alpha = (told or float(rank)) if rank else 1.0  # two whole matrices have no scale
+        return rank or 1, abs(alpha), math.copysign(1.0, alpha)
+
+    sizes = {s: file.header.entries[k].torch_shape for s, k in module.keys.items()}
+    source = str(file.path)
+    m = Module(source, module.name, module.keys, sizes, file.__getitem__, W, scaled, told)
+    return [_lora(m)] if _UP in module.keys else parts_of(m)
+
+
+def _lora(m: Module) -> Part:
+    """LoRA, in Tucker's form where it has a core, with DoRA's lengths.
+
+    Raises:
+        BrokenFileError: the factors do not go together.
+    """
+    down, up, mid = m.sizes[_DOWN], m.sizes[_UP], m.sizes.get(_MID)
+    fits = len(down) >= 2 and len(up) in (2, len(down)) and 0 not in (*down, *up)
+    fits = fits and all(n == 1 for n in up[2:])
+    if mid is None:
+        fits = fits and up[1] == down[0]
+    else:  # (p, q, k, k) between up (out, p) and down (q, in)
+        fits = fits and len(mid) > 2 and mid[:2] == (up[1], down[0]) and up[1] == down[0]
+        fits = fits and all(n == 1 for n in down[2:])
+    if not fits:
+        told = f", {_MID} {mid}" if mid else ""
+        raise BrokenFileError(
+            m.source, f"the factors of {m.name} do not fit: {_DOWN} {down}, {_UP} {up}{told}"
+        )
+    shape = (up[0], down[1], *(mid or down)[2:])
+    over, columns = "", 1
+    makers = {
+        "lora_A": m.shaped(_DOWN, down[0], math.prod(down[1:])),
+        "lora_B": m.shaped(_UP, *up[:2]),
+    }
+    if MAGNITUDE in m.keys:
+        size = m.sizes[MAGNITUDE]
+        over, columns = lengths_of(m.source, m.keys[MAGNITUDE], size, m.W or shape)
+        makers["magnitude"] = m.shaped(MAGNITUDE, math.prod(size))
+    variant = {"": "lora", "rows": "dora", "columns": "dora_columns"}[over]
+    form = f"kernel{columns}" if columns > 1 else ""
+    if mid is not None:
+        makers["lora_down"], makers["lora_up"] = makers.pop("lora_A"), makers.pop("lora_B")
+        makers["lora_mid"] = m.shaped(_MID, *mid[:2], math.prod(mid[2:]))
+        variant = "tucker"
+        form = "+".join(filter(None, [over, f"kernel{math.prod(mid[2:])}"]))
+    rank, alpha, strength = m.scaled(down[0])
+    return Part(
+        "weight", shape, Settings(rank, alpha, variant=variant, form=form), strength, makers
+    )
+
+
+def flat_names(lora: str) -> list[str]:
+    """What a base's module may be called, flat, that has a lora name."""
+    prefix = _prefix(lora)
+    rest = lora.removeprefix(prefix)
+    starts = [p.replace(".", "_") for p in _COMPONENTS.get(prefix, ())]
+    return [start + rest for start in ("", *starts)]
 
 
 def _resolved(file: SafetensorsFile, modules: list[_Module], host: Host) -> dict[str, str]:
     """Lora name → the base's weight whose name, flattened, it is; exactly one, or an error."""
-    flat, others = flattened(host.weights, host.names or default_names())
+    flat = flattened(host.weights)
+    others: dict[str, list[str]] | None = None  # made where it is needed: it takes a while
     found: dict[str, str] = {}
     lost, unclear = [], []
     for module in modules:
-        prefix = _prefix(module.name)
-        rest = module.name.removeprefix(prefix)
-        starts = [p.replace(".", "_") for p in _COMPONENTS[prefix]]
-        wanted = [start + rest for start in ("", *starts)]
+        wanted = flat_names(module.name)
         hits = [w for n in wanted for w in flat.get(n, [])]
         if not hits:  # under the name that another tool has for it
+            if others is None:
+                others = aliased(host.weights, host.names or default_names())
             hits = list(dict.fromkeys(w for n in wanted for w in others.get(n, [])))
         if len(hits) == 1:
             found[module.name] = hits[0]
@@ -196,80 +298,25 @@ def _resolved(file: SafetensorsFile, modules: list[_Module], host: Host) -> dict
     return found
 
 
-def _shapes(file: SafetensorsFile, module: _Module) -> tuple[tuple[int, ...], int]:
-    """The shape of W that the factors are for, and their rank.
+def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
+    write_modules(adapter, path, lycoris=False, force=force, sync=sync)
+
+
+def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, sync: bool) -> None:
+    """Write a file of `<lora name>.<suffix>`.
+
+    Args:
+        adapter, path, force, sync: as for `Write`.
+        lycoris: what is no LoRA is written as LyCORIS has it; otherwise it is refused.
 
     Raises:
-        BrokenFileError: they do not go together.
+        NoFormError: the tool has no form for something in it.
+        UnsettledError: something is left open that only the base tells.
+        OutputError: the file cannot be written.
     """
-    sizes = {s: file.header.entries[k].torch_shape for s, k in module.keys.items()}
-    down, up, mid = sizes[_DOWN], sizes[_UP], sizes.get(_MID)
-    fits = len(down) >= 2 and len(up) in (2, len(down)) and 0 not in (*down, *up)
-    fits = fits and all(n == 1 for n in up[2:])
-    if mid is None:
-        fits = fits and up[1] == down[0]
-    else:  # (p, q, k, k) between up (out, p) and down (q, in)
-        fits = fits and len(mid) > 2 and mid[:2] == (up[1], down[0]) and up[1] == down[0]
-        fits = fits and all(n == 1 for n in down[2:])
-    if not fits:
-        told = f", {_MID} {mid}" if mid else ""
-        raise BrokenFileError(
-            file.path, f"the factors of {module.name} do not fit: {_DOWN} {down}, {_UP} {up}{told}"
-        )
-    return (up[0], down[1], *(mid or down)[2:]), down[0]
-
-
-def _settings(
-    file: SafetensorsFile, module: _Module, rank: int, shape: tuple[int, ...]
-) -> tuple[Settings, float]:
-    alpha = float(rank)
-    if key := module.keys.get(_NUMBER):
-        number = file[key]
-        if number.numel() != 1 or not math.isfinite(number.item()):
-            raise BrokenFileError(file.path, f"{key} is no finite number")
-        alpha = float(number.item()) or float(rank)
-    variant = "lora"
-    if key := module.keys.get(_MAGNITUDE):
-        size = file.header.entries[key].torch_shape
-        if size[:1] == shape[:1] and math.prod(size) == shape[0]:
-            variant = "dora"
-        elif len(size) == len(shape) == 2 and size == (1, shape[1]):
-            variant = "dora_columns"
-        else:
-            raise NoFormError(
-                str(file.path),
-                f"{key} of {size} for a weight of {shape}",
-                "DoRA over another side than its rows",
-                "bake it with the tool that made it",
-            )
-    return Settings(rank=rank, alpha=abs(alpha), variant=variant), math.copysign(1.0, alpha)
-
-
-def _makers(file: SafetensorsFile, module: _Module) -> dict[str, Callable[[], Tensor]]:
-    """Tensors in our layout: A (rank, in·k·k), B (out, rank)."""
-    keys = module.keys
-
-    def down() -> Tensor:
-        A = file[keys[_DOWN]]
-        if _MID not in keys:
-            return A.flatten(1)
-        import torch
-
-        mid = file[keys[_MID]]  # (p, q, k, k)
-        return torch.einsum("pq...,qi->pi...", mid, A.flatten(1)).flatten(1)  # (p, in·k·k)
-
-    found: dict[str, Callable[[], Tensor]] = {
-        "lora_A": down,
-        "lora_B": lambda: file[keys[_UP]].flatten(1),
-    }
-    if _MAGNITUDE in keys:
-        found["magnitude"] = lambda: file[keys[_MAGNITUDE]].flatten()
-    return found
-
-
-def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
+    tool = "LyCORIS" if lycoris else "sd-scripts"
     if path.suffix.lower() != ".safetensors":
-        raise OutputError(path, "the name of sd-scripts' adapter file ends in .safetensors")
+        raise OutputError(path, f"the name of {tool}' adapter file ends in .safetensors")
     if adapter.settle is not None:
         raise UnsettledError(
             adapter.source,
@@ -280,29 +327,48 @@ def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}
     for key, t in adapter.targets.items():
-        name = t.target.name
-        if kinds.get(name) not in LAYERS or split_name(name)[1] != "weight":
+        name, variant = t.target.name, t.settings.variant
+        linear = kinds.get(name) in LAYERS and split_name(name)[1] == "weight"
+        if lycoris and variant == "diff":
+            linear = split_name(name)[1] in ("weight", "bias")
+        if not is_lora(t.settings) and variant != "copy" and (not lycoris or variant in _NEITHER):
             raise NoFormError(
                 adapter.source,
                 key,
-                "no factors of a linear layer or a convolution, and sd-scripts has no others",
+                f"of variant {variant}, which {tool} does not have",
+                "give --lossy to approximate it (--rank N)"
+                + ("" if variant in _NEITHER else ", or write it --to lycoris"),
+            )
+        if not linear:
+            raise NoFormError(
+                adapter.source,
+                key,
+                f"no factors of a linear layer or a convolution, and {tool} has no others",
                 "bake it (lora-param bake), or give --lossy to leave it out",
             )
         of_weight.setdefault(name, []).append(key)
-    names = _lora_names(adapter, list(of_weight))
+    names = _lora_names(adapter, [_weight_of(n) for n in of_weight])
+    told = adapter.extra.get("kohya", {})
     tensors: dict[str, Tensor] = {}
+    alpha: float | None
     for name, keys in of_weight.items():
-        pair = pair_of(adapter, keys, kinds[name], "sd-scripts", any_side=kinds[name] == "linear")
-        shape, variant = adapter.base[name].shape, adapter.targets[keys[0]].settings.variant
-        tensors |= {
-            f"{names[name]}.{suffix}": tensor
-            for suffix, tensor in _encoded(pair, shape, variant).items()
-        }
+        shape, first = adapter.base[name].shape, adapter.targets[keys[0]]
+        if is_lora(first.settings) and not (lycoris and first.settings.variant == "tucker"):
+            pair = pair_of(adapter, keys, kinds[name], tool, any_side=True)
+            found, alpha = _encoded(pair, shape, first.settings.variant)
+        else:
+            first = check_whole(adapter, keys, tool)
+            own = {n: x.detach().cpu() for n, x in adapter.factors(keys[0]).items()}
+            found, alpha = _with_scale(first, encode(first, own, shape, _is_norm(adapter, name)))
+        if alpha is not None:
+            number = _written(told.get("numbers", {}), _weight_of(name), alpha, found)
+            found |= {} if number is None else {NUMBER: number}
+        tensors |= {f"{names[_weight_of(name)]}.{s}": x for s, x in found.items()}
     entries: dict[str, StreamEntry] = {
         key: (NAMES[str(t.dtype).removeprefix("torch.")], tuple(t.shape), partial(_same, t))
         for key, t in tensors.items()
     }
-    metadata = adapter.extra.get("kohya", {}).get("metadata") or _told(tensors)
+    metadata = told.get("metadata") or _told(tensors)
     with replace_file(path, force=force, sync=sync) as file:
         write_safetensors(file, entries, metadata)
 
@@ -311,26 +377,73 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _encoded(pair: Pair, shape: tuple[int, ...], variant: str) -> dict[str, Tensor]:
+def _with_scale(
+    t: AdapterTarget, found: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], float | None]:
+    """LyCORIS' tensors, and the alpha that goes with them; two whole matrices have no scale."""
+    import torch
+
+    if t.settings.variant == "diff":
+        return found, None
+    if t.settings.variant in ("oft", "boft"):
+        return found, t.settings.alpha if "constrained" in t.settings.parsed_form.words else 0.0
+    factor = t.scale * t.strength
+    if not {"lokr_w1", "lokr_w2"} <= set(found):
+        return found, exact_alpha(factor, t.settings.rank)
+    if factor != 1:
+        wide = torch.promote_types(found["lokr_w1"].dtype, torch.float32)
+        found["lokr_w1"] = found["lokr_w1"].to(wide) * factor
+    return found, 1.0
+
+
+def _weight_of(name: str) -> str:
+    """The weight of the module that a bias is of."""
+    return f"{name.removesuffix('bias')}weight" if name.endswith("bias") else name
+
+
+def _is_norm(adapter: Adapter, name: str) -> bool:
+    """The module's weight has one dimension."""
+    weight = _weight_of(name)
+    known = adapter.base.get(weight) or adapter.weights_at_hand.get(weight)
+    return known is not None and len(known.shape) == 1
+
+
+def _written(
+    numbers: Mapping[str, Tensor | None], name: str, alpha: float, found: Mapping[str, Tensor]
+) -> Tensor | None:
+    """`alpha` as the file that was read had it, where that still says the same; None: none."""
+    import torch
+
+    if name in numbers:
+        known = numbers[name]
+        told = 0.0 if known is None else float(known.item())
+        ranks = [x.shape[0] for s, x in found.items() if s in (_DOWN, *_OF_RANK)]
+        is_rotation = "oft_blocks" in found
+        if "lokr_w1" in found and "lokr_w2" in found:
+            return known
+        if (told if told or is_rotation else float(ranks[0])) == alpha:
+            return known
+    number = torch.tensor(alpha, dtype=torch.float64)
+    return number.float() if number.float().item() == alpha else number
+
+
+def _encoded(pair: Pair, shape: tuple[int, ...], variant: str) -> tuple[dict[str, Tensor], float]:
+    """A pair by its suffixes, and its alpha."""
     import torch
 
     ones = (1,) * (len(shape) - 2)
     alpha = exact_alpha(pair.scale, pair.rank)
-    number = torch.tensor(alpha, dtype=torch.float64)
-    if number.float().item() == alpha:
-        number = number.float()
     if alpha == 0:  # would be read as the rank
+        alpha = float(pair.rank)
         pair = Pair(pair.A, torch.zeros_like(pair.B), 1.0, magnitude=pair.magnitude)
-        number = torch.tensor(float(pair.rank))
     found = {
         _DOWN: pair.A.reshape(pair.rank, *shape[1:]).contiguous(),
         _UP: pair.B.reshape(shape[0], pair.rank, *ones).contiguous(),
-        _NUMBER: number,
     }
     if pair.magnitude is not None:
-        size = (1, -1) if variant == "dora_columns" else (-1, 1, *ones)
-        found[_MAGNITUDE] = pair.magnitude.reshape(size).contiguous()
-    return found
+        size = (1, -1, *ones) if variant == "dora_columns" else (-1, 1, *ones)
+        found[MAGNITUDE] = pair.magnitude.reshape(size).contiguous()
+    return found, alpha
 
 
 def _lora_names(adapter: Adapter, names: list[str]) -> dict[str, str]:
@@ -374,7 +487,7 @@ def _made(name: str, several: bool) -> str:
 def _told(tensors: Mapping[str, Any]) -> dict[str, str]:
     """What sd-scripts' own files say of themselves, as far as it is known."""
     ranks = {t.shape[0] for k, t in tensors.items() if k.endswith(_DOWN)}
-    alphas = {t.item() for k, t in tensors.items() if k.endswith(f".{_NUMBER}")}
+    alphas = {t.item() for k, t in tensors.items() if k.endswith(f".{NUMBER}")}
 
     def one(values: set[Any]) -> str:
         return f"{next(iter(values)):g}" if len(values) == 1 else "Dynamic"
@@ -383,4 +496,4 @@ def _told(tensors: Mapping[str, Any]) -> dict[str, str]:
     return _METADATA | told | {"ss_network_dim": one(ranks), "ss_network_alpha": one(alphas)}
 
 
-FORMAT = Format("kohya", _recognise, _read, _write)
+FORMAT = Format("kohya", _recognise, read_modules, _write, LAYERS, DORA)

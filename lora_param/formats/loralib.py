@@ -52,7 +52,8 @@ def _recognise(path: Path) -> bool:
     names = set(names_in(path))
     halves = [n for n in names if n.endswith((_A, _B)) and ".parametrizations." not in n]
     whole = any(f"{n.removesuffix(_A)}.weight" in names for n in halves)  # a model, not an adapter
-    return bool(halves) and not whole
+    ours = any(".weight" in n for n in halves)  # which lost what it says of itself
+    return bool(halves) and not whole and not ours
 
 
 def _read(
@@ -411,4 +412,12 @@ def _unsaid(adapter: Adapter) -> str:
     return told
 
 
-FORMAT = Format("loralib", _recognise, _read, _write, ("alpha", "enable_lora"), _unsaid)
+FORMAT = Format(
+    "loralib",
+    _recognise,
+    _read,
+    _write,
+    LAYERS,
+    takes=("alpha", "enable_lora"),
+    unsaid=_unsaid,
+)

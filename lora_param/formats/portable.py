@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_param.adapter import Adapter, AdapterTarget
+from lora_param.adapter import Adapter, AdapterTarget, Layer
 from lora_param.errors import NoFormError, UnsettledError
 from lora_param.formats.base import Format
 from lora_param.formats.peft.encode import Pair, pair_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "SERVED", "portable"]
 
-SERVED = ("linear", "conv1d")
+SERVED: tuple[Layer, ...] = ("linear", "conv1d")
 """The kinds of layer that servers have factors for."""
 
 SERVED_RANK = 16
@@ -145,5 +145,5 @@ def _unsaid(adapter: Adapter) -> str:
     )
 
 
-FORMAT = Format("portable", lambda _: False, read_peft, _write, unsaid=_unsaid)
+FORMAT = Format("portable", lambda _: False, read_peft, _write, SERVED, unsaid=_unsaid)
 """No path is recognised as this format: what was written is PEFT's, and is read so."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, Host, Layer
 from lora_param.errors import BrokenFileError, NoFormError, OptionError, UnsettledError
-from lora_param.formats.base import Format
+from lora_param.formats.base import DORA, Format
 from lora_param.formats.heads import by_neighbours, heads_for, is_named_so, to_halves
 from lora_param.formats.peft.reading import Placed
 from lora_param.formats.record import (
@@ -239,4 +239,6 @@ def _unsaid(adapter: Adapter) -> str:
     return f"torchtune's files do not say alpha: read this one with alpha {_alpha(adapter):g}."
 
 
-FORMAT = Format("torchtune", _recognise, _read, _write, ("alpha",), _unsaid)
+FORMAT = Format(
+    "torchtune", _recognise, _read, _write, LAYERS, DORA, takes=("alpha",), unsaid=_unsaid
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lora_param.errors import UnknownFileError
@@ -9,13 +10,17 @@ from lora_param.files.header import read_header
 
 __all__ = ["ACCEPTED", "unknown_adapter"]
 
-_FAMILIES = (((".hada_w1_a", ".lokr_w1", ".lokr_w1_a"), "a LyCORIS adapter"),)
+_FAMILIES = (
+    (re.compile(r"^oft_unet_"), "an OFT adapter of sd-scripts"),
+    (re.compile(r"\.(hada_w1_a|lokr_w1(_a)?|oft_blocks)$"), "a LyCORIS adapter of another trainer"),
+)
 
 
 ACCEPTED = (
     "an adapter file (.safetensors), as lora-param apply or lora_param.save writes it, a "
-    "directory of PEFT (adapter_config.json and adapter_model.safetensors), or a file of "
-    "sd-scripts (lora_unet_...)"
+    "directory of PEFT (adapter_config.json and adapter_model.safetensors), or an adapter of "
+    "sd-scripts or LyCORIS (lora_unet_..., lycoris_...), diffusers, loralib, minLoRA, torchtune, "
+    "mlx-lm or llama.cpp"
 )
 
 
@@ -30,8 +35,8 @@ def unknown_adapter(path: Path) -> UnknownFileError:
     what = next(
         (
             f"{what}, which is not supported yet"
-            for ends, what in _FAMILIES
-            if any(name.endswith(ends) for name in names)
+            for form, what in _FAMILIES
+            if any(form.search(name) for name in names)
         ),
         "a model",
     )

@@ -18,14 +18,14 @@ from lora_param.errors import (
 )
 from lora_param.targets.options import read_options, takes_settings
 from lora_param.targets.regions import Region, parse_target
-from lora_param.targets.settings import INITIAL, VARIANTS, Settings, SettingsOptions
+from lora_param.targets.settings import INITIAL, Settings, SettingsOptions
 from lora_param.targets.weights import Weight
 from lora_param.weight.adapted import AdaptedWeight, adapt, built
 from lora_param.weight.base import dense, identity, logical_dtype, logical_shape
 from lora_param.weight.init import fresh_tensors
 from lora_param.weight.precision import compute_dtype
 from lora_param.weight.update import Deferred, Update, fold_initial, make_update, merge
-from lora_param.weight.variants import Variant, variant_named
+from lora_param.weight.variants import Variant, variant_of
 
 __all__ = ["BuiltLoRA", "LoRA"]
 
@@ -166,9 +166,9 @@ class LoRA(nn.Module):
     def _set_up(self, target: AdapterTarget, factors: dict[str, Tensor], adapter: str) -> None:
         # Straight into __dict__: nn.Module's __setattr__ is half the time that attaching takes.
         self.__dict__.update(adapter=adapter, region=target.target.region, enabled=target.enabled)
-        self.__dict__["variant"] = variant_named(target.settings.variant)
+        self.__dict__["variant"] = variant_of(target.settings)
         self.__dict__["_known"] = _Known()
-        for name in VARIANTS[target.settings.variant]:
+        for name in target.settings.axes:
             self._parameters[name] = nn.Parameter(factors[name])
         for name in INITIAL:
             self.register_buffer(name, factors.get(name))
@@ -218,7 +218,7 @@ class LoRA(nn.Module):
                 base = W.base if isinstance(W, AdaptedWeight) else W
                 known = self._known.of_region(self.variant, base, self.region)
         if not own:  # DataParallel and FSDP keep them as plain attributes
-            own = {name: getattr(self, name) for name in VARIANTS[self.settings.variant]}
+            own = {name: getattr(self, name) for name in self.settings.axes}
         tensors: Mapping[str, Tensor] = own
         if fixed["initial_A"] is not None:
             tensors = fold_initial({**own, **{n: cast(Tensor, fixed[n]) for n in INITIAL}})

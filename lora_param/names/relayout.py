@@ -18,7 +18,7 @@ from lora_param.fingerprint import BaseWeight
 from lora_param.names.resolve import Here, Resolution, WholeOf
 from lora_param.names.table import Rule
 from lora_param.targets.regions import WHOLE, Region, Target
-from lora_param.targets.settings import INITIAL, VARIANTS, Settings
+from lora_param.targets.settings import INITIAL, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +149,7 @@ def _split(result: _Result, key: str, t: AdapterTarget, place: WholeOf) -> None:
     if count != len(place.parts):
         raise result.refuse(key, f"{count} experts, of which the base holds {len(place.parts)}")
     turned = _is_turned(result, key, t, tensors, (sum(rows), shapes[0][1]), rule)
-    axes = _axes(t.settings.variant, tensors, turned)
+    axes = _axes(t.settings, tensors, turned)
     for expert, parts in enumerate(place.parts):
         start = 0
         for i, name in enumerate(parts):
@@ -182,9 +182,9 @@ def _taken(
     return make
 
 
-def _axes(variant: str, tensors: Tensors, turned: bool) -> dict[str, tuple[str, str]]:
+def _axes(settings: Settings, tensors: Tensors, turned: bool) -> dict[str, tuple[str, str]]:
     """Tensor → its name and its axes in the matrix (out, in); of a turned one A and B swap."""
-    plain = {**VARIANTS[variant]}
+    plain = settings.axes
     plain |= {initial: plain[f] for initial, f in INITIAL.items() if initial in tensors}
     if not turned:
         return {n: (n, plain[n]) for n in tensors}
@@ -206,9 +206,11 @@ def _is_turned(
     rows, columns = matrix
     held = {
         axis: size
-        for name, axes in VARIANTS[t.settings.variant].items()
+        for name, axes in t.settings.axes.items()
         for axis, size in zip(axes.split(), tensors[name].shape[-len(axes.split()) :], strict=True)
     }
+    if "out" not in held or _of_columns(t.settings):
+        raise result.refuse(key, f"of variant {t.settings.variant}, which is not made row by row")
     out, into = held["out"], held.get("in", columns)
     turned = rule.transposed if rows == columns else (out, into) == (columns, rows)
     if (out, into) == ((columns, rows) if turned else (rows, columns)):
@@ -216,6 +218,11 @@ def _is_turned(
             raise result.refuse(key, f"{t.settings.variant}, of a matrix that the base transposes")
         return turned
     raise result.refuse(key, f"{out} × {into} in the adapter, {rows} × {columns} in the base")
+
+
+def _of_columns(settings: Settings) -> bool:
+    """DoRA's lengths are those of columns, over all rows."""
+    return settings.variant == "dora_columns" or "columns" in settings.parsed_form.words
 
 
 # --- parts of the adapter's: one tensor in the base ----------------------------------------------
@@ -255,7 +262,7 @@ def _rows_of(adapter: Adapter, key: str) -> int:
     known = adapter.base.get(t.target.name)
     if known is not None:
         return known.shape[0]
-    for name, axes in VARIANTS[t.settings.variant].items():
+    for name, axes in t.settings.axes.items():
         if "out" in axes.split():
             return int(adapter.tensors[f"{key}.{name}"].shape[axes.split().index("out")])
     raise AssertionError(t.settings.variant)

@@ -98,7 +98,9 @@ def _row(
     norm = rank = spectrum = weight_norm = None
     if measured:
         pair = factors if "lora_A" in factors else _lowered(target, factors, base.shape)
-        if pair is not None:
+        if pair is None:
+            norm = _norm_without_base(target, factors, region.matrix(base.shape))
+        else:
             norm, rank, spectrum = measure(
                 pair["lora_A"],
                 pair["lora_B"],
@@ -165,12 +167,26 @@ def _lowered(
     """A and B of a variant that keeps other tensors, for its scale; None where it has none."""
     import torch
 
-    from lora_param.weight.variants import variant_named
+    from lora_param.weight.variants import variant_of
 
+    variant = variant_of(target.settings)
+    if variant.needs_W:
+        return None
     W = torch.empty(target.target.region.matrix(shape), device="meta")
     tensors = {n: torch.from_numpy(np.asarray(t)) for n, t in factors.items()}
-    form = variant_named(target.settings.variant).lower(W, tensors, 1.0, 1.0)
+    form = variant.lower(W, tensors, 1.0, 1.0)
     return form and {"lora_A": form.A.numpy(), "lora_B": form.B.numpy()}
+
+
+def _norm_without_base(
+    target: AdapterTarget, factors: Mapping[str, Array], matrix: tuple[int, ...]
+) -> float | None:
+    """‖ΔW‖ of a variant that has no A and B, where W has no part in it."""
+    from lora_param.weight.variants import variant_of
+
+    if variant_of(target.settings).needs_W:
+        return None
+    return _norm_of_delta(target, factors, np.zeros(matrix))
 
 
 def _norm_of_delta(target: AdapterTarget, factors: Mapping[str, Array], W: Array) -> float:
@@ -178,10 +194,10 @@ def _norm_of_delta(target: AdapterTarget, factors: Mapping[str, Array], W: Array
     import torch
 
     from lora_param.weight.update import fold_initial
-    from lora_param.weight.variants import variant_named
+    from lora_param.weight.variants import variant_of
 
     tensors = {n: torch.from_numpy(np.asarray(t, np.float64)) for n, t in factors.items()}
-    delta = variant_named(target.settings.variant).delta(
+    delta = variant_of(target.settings).delta(
         torch.from_numpy(W), fold_initial(tensors), target.scale, target.strength
     )
     return float(torch.linalg.vector_norm(delta))

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 from lora_param.errors import OptionError
+from lora_param.targets.forms import FORMS, Form, parse_form, sizes_of
 
 __all__ = [
     "FROM_WEIGHT",
     "INITIAL",
     "INITS",
+    "MADE",
+    "READ",
     "SCALINGS",
     "SETTINGS",
     "VARIANTS",
@@ -40,15 +43,39 @@ SCALINGS: Mapping[str, tuple[str, Callable[[float, int], float]]] = {
 VARIANTS: Mapping[str, Mapping[str, str]] = {
     "lora": {"lora_A": "rank in", "lora_B": "out rank"},
     "dora": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "out"},
-    "dora_columns": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "in"},
+    "dora_columns": {"lora_A": "rank in", "lora_B": "out rank", "magnitude": "channels"},
     "miss": {"lora_M": "rank out"},
+    "loha": {
+        "hada_w1_a": "out rank",
+        "hada_w1_b": "rank in",
+        "hada_w2_a": "out rank",
+        "hada_w2_b": "rank in",
+    },
+    "lokr": {
+        "lokr_w1": "left_out left_in",
+        "lokr_w2_a": "right_out rank",
+        "lokr_w2_b": "rank right_in",
+    },
+    "tucker": {
+        "lora_down": "rank channels",
+        "lora_mid": "rank rank kernel",
+        "lora_up": "out rank",
+    },
+    "oft": {"oft_blocks": "row_blocks rank rank"},
+    "boft": {"oft_blocks": "stages row_blocks rank rank"},
+    "oft_columns": {"oft_R": "column_blocks pairs"},
+    "diff": {"diff": "out in"},
     "copy": {"value": "out in"},
 }
 """Variant → the tensors that it trains, each with its axes; a stack has one more in front. What a
-variant does with them is in the file of its name under `weight/variants/`."""
+variant does with them is in the file of its name under `weight/variants/`, and the forms that it
+comes in are in `targets.forms`."""
 
-MADE = tuple(name for name in VARIANTS if name != "copy")
-"""The variants that can be asked for; full copies come in files of other tools alone."""
+READ = ("tucker", "oft", "boft", "oft_columns", "diff", "copy")
+"""The variants that come in files of other tools alone."""
+
+MADE = tuple(name for name in VARIANTS if name not in READ)
+"""The variants that can be asked for."""
 
 FROM_WEIGHT = ("pissa", "olora")
 """Initialisations that start from W's own directions. What they start at is kept as `initial_A` and
@@ -201,6 +228,14 @@ class Settings:
         ", ".join(MADE),
         VARIANTS.__contains__,
     )
+    form: str = _setting(
+        "",
+        "Of variants that come in several forms: words and sizes joined by +. lokr takes both (its "
+        "first matrix of two factors, too), full (its second one whole) and leftAxB (the shape of "
+        "the first); loha and lokr take rows or columns (DoRA's lengths).",
+        "words and sizes of the variant, joined by +",
+        str.isascii,
+    )
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
@@ -208,6 +243,9 @@ class Settings:
             checked = setting.checked(name, value)
             if checked is not value:
                 object.__setattr__(self, name, checked)
+        if parse_form(self.variant, self.form) is None:
+            known = ", ".join(FORMS.get(self.variant, ())) or "none"
+            raise OptionError("form", self.form, f"of {self.variant}: {known}, joined by +")
         if self.init != "kaiming" and "lora_A" not in VARIANTS[self.variant]:
             expected = f"kaiming, the default: {self.variant} has no A to initialise"
             raise OptionError("init", self.init, expected)
@@ -222,6 +260,23 @@ class Settings:
     def scale(self) -> float:
         """What multiplies B @ A."""
         return scale_of(self.alpha, self.rank, self.scaling)
+
+    @property
+    def parsed_form(self) -> Form:
+        """The form, read."""
+        form = parse_form(self.variant, self.form)
+        assert form is not None
+        return form
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """The tensors that train, each with its axes.
+
+        >>> Settings(variant="lokr", form="full").axes
+        {'lokr_w1': 'left_out left_in', 'lokr_w2': 'right_out right_in'}
+        """
+        plain = VARIANTS[self.variant]
+        return self.parsed_form.tensors(self.variant, plain) if self.form else dict(plain)
 
     def capped(self, matrix: tuple[int, ...]) -> Settings:
         """What fits a target of shape (out, in), or (E, out, in): a rank of at most min(out, in).
@@ -245,12 +300,19 @@ class Settings:
 
         >>> Settings(rank=2, variant="dora").shapes((4, 6))
         {'lora_A': (2, 6), 'lora_B': (4, 2), 'magnitude': (4,)}
+
+        Raises:
+            OptionError: its form's sizes do not divide the target's.
         """
         *stack, rows, columns = matrix
-        sizes = {"rank": self.rank, "out": rows, "in": columns}
+        sizes = sizes_of(self.parsed_form, self.rank, rows, columns)
+        if sizes is None:
+            raise OptionError(
+                "form", self.form, f"sizes that divide a matrix of {rows} × {columns}"
+            )
         return {
             name: (*stack, *(sizes[axis] for axis in axes.split()))
-            for name, axes in VARIANTS[self.variant].items()
+            for name, axes in self.axes.items()
         }
 
     def fixed_shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -272,3 +334,4 @@ class SettingsOptions(TypedDict, total=False):
     dropout: float
     init: str
     variant: str
+    form: str

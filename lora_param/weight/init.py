@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_param.targets.settings import FROM_WEIGHT, INITIAL, Settings, parse_init
-from lora_param.weight.variants import Fresh, variant_named
+from lora_param.errors import OptionError
+from lora_param.targets.settings import FROM_WEIGHT, INITIAL, MADE, READ, Settings, parse_init
+from lora_param.weight.variants import Fresh, variant_of
 
 __all__ = ["METHODS", "fresh_tensors"]
 
@@ -123,8 +124,11 @@ def fresh_tensors(
         What `Settings.shapes` and `Settings.fixed_shapes` name.
 
     Raises:
-        OptionError: no such initialisation.
+        OptionError: no such initialisation, or a variant that is read and not made.
     """
+    if settings.variant in READ:
+        accepted = f"{', '.join(MADE)}; {settings.variant} comes in files of other tools alone"
+        raise OptionError("variant", settings.variant, accepted)
     device = torch.device(device)
     shapes = settings.shapes(matrix)
     if device.type == "meta":
@@ -137,7 +141,7 @@ def fresh_tensors(
     def factors() -> dict[str, Tensor]:
         return _initial_factors(settings, matrix, weight, dtype, device, generator)
 
-    return variant_named(settings.variant).fresh(Fresh(shapes, dtype, device, factors, weight))
+    return variant_of(settings).fresh(Fresh(shapes, dtype, device, factors, weight, generator))
 
 
 def _initial_factors(

@@ -138,7 +138,9 @@ def make_update(
     if variant.uses_W:
         # a dict of its own: the module may hold other tensors by the time that this is lowered
         return Deferred(variant, dict(tensors), scale, strength, region, dropout, known)
-    return Update(*variant.pair(tensors, scale, strength), region, dropout)
+    pair = variant.pair(tensors, scale, strength)
+    assert pair is not None
+    return Update(*pair, region, dropout)
 
 
 def fold_initial(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

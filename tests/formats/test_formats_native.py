@@ -282,7 +282,8 @@ def test_what_is_no_adapter_is_said_to_be_what_it_is(tmp_path):
     assert not is_adapter(tmp_path / "base.safetensors")
     for names, what in (
         (["model.layers.0.weight"], "a model"),
-        (["lycoris_x.lokr_w1"], "LyCORIS"),
+        (["diffusion_model.x.lokr_w1"], "LyCORIS"),
+        (["oft_unet_x.oft_blocks"], "OFT adapter of sd-scripts"),
     ):
         save_file({n: torch.ones(2, 2) for n in names}, tmp_path / "x.safetensors")
         with pytest.raises(UnknownFileError, match=f"looks like a.*{what.removeprefix('a ')}"):

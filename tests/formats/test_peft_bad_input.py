@@ -178,7 +178,7 @@ def test_other_shapes(adapter: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"peft_type": "LOHA"}, "a PEFT adapter of LOHA"),
+        ({"peft_type": "VERA"}, "a PEFT adapter of VERA"),
         ({"use_qalora": True}, "use_qalora in its config.*merge it with PEFT"),
         ({"kasa_config": {"beta": 1}}, "kasa_config"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ FLIPPED = (0, 19, 1)
 
 DOUBLED = (0, 21, 2)
 """Up to this version the update of a MultiheadAttention's output is added twice, see peft#3774."""
+
+SERIES = (0, 18)
+"""Since this version the series of OFT is the one that is read."""
 
 _MERGE = "merge it with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = "save it with PEFT's path_initial_model_for_weight_conversion, and use that"
@@ -45,6 +48,18 @@ _IGNORED = {
     *("corda_config", "eva_config", "lora_ga_config", "velora_config", "loftq_config"),
     *("qalora_group_size", "runtime_config", "enable_lora", "merge_weights"),
 }
+_COMPOSED = {"r", "alpha", "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout"}
+_COMPOSED |= {"init_weights", "use_effective_conv2d"}
+_METHODS: Mapping[str, set[str]] = {
+    "LOHA": _COMPOSED,
+    "LOKR": _COMPOSED | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
+    "OFT": {
+        *("r", "oft_block_size", "module_dropout", "init_weights", "coft", "eps", "block_share"),
+        *("use_cayley_neumann", "num_cayley_neumann_terms", "fan_in_fan_out"),
+    },
+}
+"""Other methods that are read → the fields that their configs have beside the common ones."""
+
 _READ = {
     *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "lora_dropout"),
     *("rank_pattern", "alpha_pattern", "init_lora_weights", "target_parameters"),
@@ -58,6 +73,8 @@ class PeftConfig:
 
     Attributes:
         source: what to call the adapter in messages.
+        method: LORA, LOHA, LOKR or OFT.
+        form: of OFT, that of its variant here.
         version: the PEFT that wrote it, as numbers; None where it does not say (before 0.18).
     """
 
@@ -75,6 +92,8 @@ class PeftConfig:
     target_parameters: tuple[str, ...]
     trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None
     version: tuple[int, ...] | None
+    method: str = "LORA"
+    form: str = ""
 
     @property
     def init(self) -> str:
@@ -162,7 +181,7 @@ def read_config(path: Path, source: str) -> PeftConfig:
 
     Raises:
         BrokenFileError: it is no such JSON text, or lacks what decides the scale.
-        UnknownFileError: it is of a method other than LoRA.
+        UnknownFileError: it is of a method that is not read.
         NoFormError: it has something set that has no form here.
     """
     try:
@@ -172,12 +191,21 @@ def read_config(path: Path, source: str) -> PeftConfig:
     if not isinstance(raw, dict):
         raise BrokenFileError(path, "it is no JSON object")
     method = raw.get("peft_type") or "LORA"
+    if method not in ("LORA", *_METHODS):
+        accepted = f"PEFT adapters of LORA, {', '.join(_METHODS)}"
+        raise UnknownFileError(source, f"a PEFT adapter of {method}", accepted)
     if method != "LORA":
-        raise UnknownFileError(source, f"a PEFT adapter of {method}", "PEFT adapters of LORA")
+        return _other(raw, path, source, method)
     for name, (what, instead) in _REFUSED.items():
         if raw.get(name):
             raise NoFormError(source, f"{name} in its config", f"a LoRA {what}", instead)
-    unknown = [k for k, v in raw.items() if k not in _IGNORED | _READ | set(_REFUSED) and v]
+    _check_known(raw, _IGNORED | _READ | set(_REFUSED), source)
+    _check_init(raw.get("init_lora_weights", True), source)
+    return _typed(raw, path, source)
+
+
+def _check_known(raw: Mapping[str, Any], known: set[str], source: str) -> None:
+    unknown = [k for k, v in raw.items() if k not in known and v]
     if unknown:
         raise NoFormError(
             source,
@@ -185,8 +213,31 @@ def read_config(path: Path, source: str) -> PeftConfig:
             f"which PEFT {PEFT_VERSION} does not have",
             "take it out if it changes nothing of the update",
         )
-    _check_init(raw.get("init_lora_weights", True), source)
-    return _typed(raw, path, source)
+
+
+def _other(raw: Mapping[str, Any], path: Path, source: str, method: str) -> PeftConfig:
+    """The config of another method than LoRA, under LoRA's names."""
+    _check_known(raw, _IGNORED | _METHODS[method], source)
+    if method != "OFT":
+        return replace(_typed(raw, path, source, "alpha"), method=method)
+    if raw.get("coft") or raw.get("fan_in_fan_out"):
+        name = "coft" if raw.get("coft") else "fan_in_fan_out"
+        why = "an OFT that " + ("PEFT changes as it uses it" if name == "coft" else "is of Conv1D")
+        raise NoFormError(source, f"{name} in its config", why, _MERGE)
+    if "oft_block_size" not in raw:
+        why = "of a PEFT before 0.14, whose OFT was another one"
+        raise NoFormError(source, "no oft_block_size in its config", why, "use that PEFT")
+    form = ["shared"] if raw.get("block_share") else []
+    config = replace(_typed({**raw, "r": 1, "lora_alpha": 1}, path, source), method=method)
+    if raw.get("use_cayley_neumann"):
+        terms = raw.get("num_cayley_neumann_terms", 5)
+        if type(terms) is not int or terms < 1:
+            raise BrokenFileError(path, f"num_cayley_neumann_terms is {terms!r:.80}")
+        if config.version is None or config.version < SERIES:
+            why = "of a PEFT before 0.18, whose series was another one"
+            raise NoFormError(source, "use_cayley_neumann in its config", why, "use that PEFT")
+        form.append(f"terms{terms}")
+    return replace(config, form="+".join(form))
 
 
 def _check_init(init: object, source: str) -> None:
@@ -201,7 +252,9 @@ def _check_init(init: object, source: str) -> None:
         raise NoFormError(source, f"init_lora_weights = {init!r}", known, _CONVERT)
 
 
-def _typed(raw: Mapping[str, Any], path: Path, source: str) -> PeftConfig:
+def _typed(
+    raw: Mapping[str, Any], path: Path, source: str, alpha_name: str = "lora_alpha"
+) -> PeftConfig:
     def take(name: str, default: Any, check: type | tuple[type, ...]) -> Any:
         value = raw.get(name)
         if value is None:
@@ -211,17 +264,18 @@ def _typed(raw: Mapping[str, Any], path: Path, source: str) -> PeftConfig:
         return value
 
     number = (int, float)
-    if raw.get("lora_alpha") is None:
+    if raw.get(alpha_name) is None:
         raise BrokenFileError(
-            path, "it has no lora_alpha, without which the scale of every update is unknown"
+            path,
+            f"it has no {alpha_name}, without which the scale of every update is unknown",
         )
     rank = take("r", 8, int)
-    alpha = take("lora_alpha", None, number)
+    alpha = take(alpha_name, None, number)
     ranks, alphas = take("rank_pattern", {}, dict), take("alpha_pattern", {}, dict)
     for name, r in {"r": rank, **ranks}.items():
         if type(r) is not int or r < 1:
             raise BrokenFileError(path, f"the rank {name} is {r!r:.80}")
-    for name, a in {"lora_alpha": alpha, **alphas}.items():
+    for name, a in {alpha_name: alpha, **alphas}.items():
         if isinstance(a, bool) or not isinstance(a, number) or not math.isfinite(a):
             raise BrokenFileError(path, f"the alpha {name} is {a!r:.80}")
     return PeftConfig(

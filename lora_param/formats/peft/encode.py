@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, AdapterTarget, Layer
 from lora_param.errors import NoFormError
-from lora_param.targets.settings import INITIAL
+from lora_param.targets.settings import INITIAL, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Pair", "encode_pair", "pair_of"]
+__all__ = ["Pair", "check_whole", "encode_pair", "is_lora", "pair_of"]
 
 _BAKE = "bake it (lora-param bake), or leave it out"
+_OTHERS = ("loha", "lokr", "diff", "oft", "boft", "oft_columns", "copy")
+
+
+def is_lora(settings: Settings) -> bool:
+    """The update is scale·(B @ A) of its own rank, or DoRA of it."""
+    lengths = settings.parsed_form.words & {"rows", "columns"}
+    return settings.variant not in _OTHERS and not lengths
 
 
 @dataclass
@@ -107,10 +114,12 @@ def _check(
         return NoFormError(adapter.source, key, why, instead)
 
     variant, region = t.settings.variant, t.target.region
-    if not t.enabled:
-        raise no(f"disabled, and {tool} has no such switch", "enable it, or take it out first")
-    if t.also:
-        raise no(f"shared with {t.also[0]}, and {tool} adapts one name of a tie", "apply it apart")
+    _check_state(adapter, key, t, tool)
+    if not is_lora(t.settings):
+        raise no(
+            f"of variant {variant}, and {tool} has LoRA alone there",
+            "give --lossy to approximate it (--rank N), or bake it (lora-param bake)",
+        )
     of_columns = kind in ("conv1d", "embedding")
     if variant in ("dora", "dora_columns"):
         if kind in ("attention", "parameter", "in_first"):
@@ -130,18 +139,50 @@ def _check(
         raise no(f"of {dims} dimensions, and {tool} takes parameters of 2 and 3")
 
 
+def _check_state(adapter: Adapter, key: str, t: AdapterTarget, tool: str) -> None:
+    if not t.enabled:
+        why = f"disabled, and {tool} has no such switch"
+        raise NoFormError(adapter.source, key, why, "enable it, or take it out first")
+    if t.also:
+        why = f"shared with {t.also[0]}, and {tool} adapts one name of a tie"
+        raise NoFormError(adapter.source, key, why, "apply it apart")
+
+
+def check_whole(adapter: Adapter, keys: Sequence[str], tool: str) -> AdapterTarget:
+    """The one target of a weight, of a variant that a tool has for whole weights alone.
+
+    Raises:
+        NoFormError: it is a part, one of several, disabled, or at another strength than it has.
+    """
+    key, t = keys[0], adapter.targets[keys[0]]
+    _check_state(adapter, key, t, tool)
+    if len(keys) > 1 or not t.target.region.is_whole:
+        raise NoFormError(
+            adapter.source,
+            key,
+            f"a part of a weight, of which {tool} has {t.settings.variant} as a whole",
+            _BAKE,
+        )
+    turned = t.settings.variant in ("oft", "boft", "oft_columns")
+    if t.strength != 1 and (turned or t.settings.parsed_form.words & {"rows", "columns"}):
+        raise NoFormError(
+            adapter.source, key, f"at strength {t.strength:g}, which {tool} does not have", _BAKE
+        )
+    return t
+
+
 def _plain(adapter: Adapter, key: str, t: AdapterTarget) -> Pair:
     """One target as a pair: an initial pair folded in, MiSS's constant written out."""
     import torch
 
     from lora_param.weight.update import fold_initial
-    from lora_param.weight.variants import variant_named
+    from lora_param.weight.variants import variant_of
 
     tensors = {n: v.detach().cpu() for n, v in adapter.factors(key).items()}
     scale = t.scale * t.strength
     if "lora_A" not in tensors:
         W = torch.empty(t.target.region.matrix(adapter.base[t.target.name].shape), device="meta")
-        form = variant_named(t.settings.variant).lower(W, tensors, 1.0, 1.0)
+        form = variant_of(t.settings).lower(W, tensors, 1.0, 1.0)  # of its shape alone
         assert form is not None
         return Pair(form.A, form.B, scale)
     folded = any(n in tensors for n in INITIAL)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from lora_param.errors import BrokenFileError, listed
 
-__all__ = ["PREFIX", "Keys", "LayerKeys", "looks_peft", "parse_keys"]
+__all__ = ["OTHERS", "PREFIX", "Keys", "LayerKeys", "looks_peft", "parse_keys"]
 
 PREFIX = "base_model.model."
 _INNER = "base_layer"
@@ -26,8 +26,16 @@ _TAILS = {
     "embedding_B": re.compile(r"\.lora_embedding_B"),
     "magnitude": re.compile(r"\.lora_magnitude_vector(\.weight)?"),
 }
+_COMPOSED = (*(f"hada_w{i}_{x}" for i in "12" for x in "ab"), "hada_t1", "hada_t2")
+_COMPOSED += (*(f"lokr_w{i}{x}" for i in "12" for x in ("", "_a", "_b")), "lokr_t2")
+_TAILS |= {n: re.compile(rf"\.{n}") for n in _COMPOSED}
+_TAILS |= {n: re.compile(rf"\.{n}\.weight") for n in ("oft_R", "oft_embedding_R")}
+OTHERS = frozenset((*_COMPOSED, "oft_R", "oft_embedding_R"))
+"""The parts of layers of other methods than LoRA."""
+
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-_OTHERS = {
+_OURS = re.compile(r"\.(lora_|token_adapter\.|hada_|lokr_|oft_)")
+_CONVENTIONS = {
     "kohya": re.compile(r"\.lora_(down|up|mid)\.weight$|\.alpha$"),
     "diffusers": re.compile(r"\.lora\.(down|up)\.weight$"),
     "LyCORIS": re.compile(r"\.(hada_w|lokr_w|oft_blocks|dora_scale)"),
@@ -102,7 +110,7 @@ def parse_keys(names: Iterable[str], source: str) -> Keys:
             layer.parts[part] = key
         elif path.endswith(_TOKENS):
             tokens[_plain(path.removesuffix(_TOKENS))] = key
-        elif ".lora_" in path or ".token_adapter." in path:
+        elif _OURS.search(path):
             raise BrokenFileError(source, f"the key {key} is none that PEFT writes")
         else:
             copies[_plain(path)] = key
@@ -139,6 +147,8 @@ def _plain(path: str) -> str:
 def _check_halves(layers: Iterable[LayerKeys], source: str) -> None:
     alone = []
     for layer in layers:
+        if OTHERS & set(layer.parts):
+            continue
         if layer.is_embedding and {"A", "B"} & set(layer.parts):
             raise BrokenFileError(
                 source, f"{layer.module} has factors of a layer and of an embedding"
@@ -157,7 +167,7 @@ def _check_conventions(names: list[str], source: str) -> None:
     if not names:
         raise BrokenFileError(source, "it holds no tensor")
     ours = [n for n in names if n.startswith(PREFIX)]
-    for tool, form in _OTHERS.items():
+    for tool, form in _CONVENTIONS.items():
         other = next((n for n in names if not n.startswith(PREFIX) and form.search(n)), None)
         if other:
             with_peft = f", beside PEFT's {ours[0]}: keys of two conventions" if ours else ""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from lora_param.adapter import Layer
 from lora_param.errors import BrokenFileError, NoFormError
 from lora_param.formats.peft.config import DOUBLED
-from lora_param.formats.peft.keys import LayerKeys
+from lora_param.formats.peft.keys import OTHERS, LayerKeys
+from lora_param.formats.peft.others import place_other
 from lora_param.formats.peft.reading import IN_FIRST, Placed, Reading
 from lora_param.targets.settings import INITIAL, Settings
 
@@ -33,6 +34,14 @@ def place_layer(reading: Reading, layer: LayerKeys) -> list[Placed]:
         BrokenFileError: its tensors do not go together, or not with the config.
         NoFormError: it has no form here.
     """
+    method = reading.source.config.method
+    others = bool(OTHERS & set(layer.parts))
+    if others != (method != "LORA"):
+        names = ", ".join(sorted(layer.parts))
+        told = f"{layer.module} has {names}, and its config says {method}"
+        raise BrokenFileError(reading.source.path, told)
+    if others:
+        return [place_other(reading, layer)]
     A, B = reading.factor_shapes(layer)
     if layer.depth:
         raise BrokenFileError(

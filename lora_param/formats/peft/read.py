@@ -44,7 +44,7 @@ def read_peft(path: Path, *, layout: str | None = None) -> Adapter:
 
     Raises:
         BrokenFileError: files are missing, or do not agree with each other.
-        UnknownFileError: it is of a method other than LoRA.
+        UnknownFileError: it is of a method that is not read.
         NoFormError: it has something that has no form here.
     """
     if layout not in (None, OUT_FIRST, IN_FIRST):

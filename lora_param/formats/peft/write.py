@@ -22,6 +22,7 @@ from lora_param.formats.peft.copies import Copies, sort_copies
 from lora_param.formats.peft.encode import Pair, encode_pair, pair_of
 from lora_param.formats.peft.keys import PREFIX
 from lora_param.formats.peft.kinds import kinds_of, split_name
+from lora_param.formats.peft.others import Others, encode_others
 from lora_param.formats.peft.patterns import exact_alpha, patterns, target_names
 from lora_param.formats.peft.source import CONFIG, WEIGHTS
 
@@ -104,6 +105,9 @@ def _encode(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key, t in adapter.targets.items():
         if t.target.name in kinds and t.settings.variant != "copy":
             of_weight.setdefault(t.target.name, []).append(key)
+    others = encode_others(adapter, of_weight, kinds)
+    if others is not None:
+        return _of_others(adapter, others, copies)
     out = _Written()
     pairs = {name: pair_of(adapter, keys, kinds[name]) for name, keys in of_weight.items()}
     out.rslora = bool(pairs) and all(p.rslora for p in pairs.values())
@@ -126,6 +130,27 @@ def _encode(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     copies.check(adapter, out.modules)
     tensors = out.tensors | copies.tensors(adapter, out.modules)
     return _config(adapter, out, copies), {PREFIX + key: t for key, t in tensors.items()}
+
+
+def _of_others(
+    adapter: Adapter, others: Others, copies: Copies
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of another method than LoRA."""
+    copies.check(adapter, others.modules)
+    bias = copies.bias(adapter, others.modules)
+    method = others.config["peft_type"]
+    if copies.updated or copies.rows or (bias != "none" and method != "OFT"):
+        raise NoFormError(
+            adapter.source,
+            f"biases or rows of tokens beside {method}",
+            "for which PEFT has no such thing",
+            "bake it (lora-param bake), or leave them out",
+        )
+    config = {**others.config, "modules_to_save": copies.modules or None}
+    if method == "OFT":
+        config["bias"] = bias.replace("lora", "oft")
+    tensors = others.tensors | copies.tensors(adapter, others.modules)
+    return config, {PREFIX + key: t for key, t in tensors.items()}
 
 
 def _add(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_param.targets.forms import Form
 from lora_param.weight.blocks import BLOCK, Index, blocks_of, one_thread
 from lora_param.weight.precision import exact
 
@@ -50,6 +51,7 @@ class Fresh:
         factors: gives `lora_A` and `lora_B` as the settings initialise them, and for pissa and
             olora the initial pair that is subtracted.
         W: gives the target as a matrix (*, m, n), in fp32 at least.
+        generator: source of randomness; torch's own where None.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -57,6 +59,12 @@ class Fresh:
     device: torch.device
     factors: Callable[[], dict[str, Tensor]]
     W: Callable[[], Tensor]
+    generator: torch.Generator | None = None
+
+    def uniform(self, name: str) -> Tensor:
+        """The tensor of this name from U(-1/√n, 1/√n), n the length of its rows."""
+        bound = 1 / math.sqrt(self.shapes[name][-1])
+        return self.zeros(name).uniform_(-bound, bound, generator=self.generator)
 
     def zeros(self, name: str) -> Tensor:
         """The tensor of this name, zero."""
@@ -67,8 +75,9 @@ class Variant:  # its methods are defaults, and do not use all of their argument
     """A way of making an update out of tensors; derive from it, override what differs.
 
     Attributes:
-        uses_W: the update depends on W, be it on its shape alone, and is made where W is at hand,
-            by `lower` and `delta`; otherwise `pair` makes it.
+        uses_W: the update is made where W is at hand, by `lower` and `delta`, as it depends on W or
+            has a quicker way to be built than a product; otherwise `pair` makes it.
+        needs_W: it depends on W's values, and not on its shape alone.
         by_rows: names of the tensors whose first dimension is the rows of W, where each row of the
             update depends on that row of W and of these tensors alone; empty where it does not.
             A gather from a table lowers the gathered rows only.
@@ -78,17 +87,24 @@ class Variant:  # its methods are defaults, and do not use all of their argument
     """
 
     uses_W = True
+    needs_W = True
     value = ""
     by_rows: tuple[str, ...] = ()
     has_blocks = False
+
+    def of_form(self, form: Form) -> Variant:
+        """The variant in one of its forms, where it has any."""
+        return self
 
     def fresh(self, make: Fresh) -> dict[str, Tensor]:
         """Tensors of a new adapter, whose update is zero."""
         return make.factors()
 
-    def pair(self, tensors: Tensors, scale: float, strength: float) -> tuple[Tensor, Tensor, float]:
-        """A, B and what multiplies B @ A, of a variant that does not use W."""
-        raise NotImplementedError
+    def pair(
+        self, tensors: Tensors, scale: float, strength: float
+    ) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and what multiplies B @ A; None where the tensors alone make no such product."""
+        return None
 
     def lower(
         self,
@@ -108,8 +124,8 @@ class Variant:  # its methods are defaults, and do not use all of their argument
             strength: multiplies the whole update.
             known: what `known` gives for W, where W is frozen.
         """
-        A, B, factor = self.pair(tensors, scale, strength)
-        return Lowered(None, A, B, factor)
+        found = self.pair(tensors, scale, strength)
+        return found and Lowered(None, *found)
 
     def delta(self, W: Tensor, tensors: Tensors, scale: float, strength: float) -> Tensor:
         """ΔW of shape (*, m, n), computed in W's dtype.

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lora_param.errors import OptionError
-from lora_param.targets.settings import MADE
-from lora_param.weight.variants.base import Fresh, Lowered, Tensors, Variant
+from lora_param.weight.variants.base import Lowered, Tensors, Variant
 
 __all__ = ["VARIANT"]
 
 
 class _Copy(Variant):
     value = "value"
-
-    def fresh(self, make: Fresh) -> dict[str, Tensor]:
-        raise OptionError("variant", "copy", f"{', '.join(MADE)}; copies are loaded, not made")
 
     def lower(
         self,

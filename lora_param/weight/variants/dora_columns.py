@@ -2,22 +2,24 @@
 
 W' = V ∘ m / ‖V‖ with V = W + scale·(B @ A), the norms being those of V's columns. It is DoRA (see
 `dora`) of a weight that is stored as (in, out), as an embedding or transformers' Conv1D has it.
-The factor of a column has no place in the normal form: the weight is built.
+The factor of a column has no place in the normal form: the weight is built. On a convolution, in
+the form `kernel9` of its elements, the length is that of an input with its whole kernel.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lora_param.weight.dora import row_norms, row_squares
 from lora_param.weight.variants.base import Fresh, Lowered, Tensors, Variant, product
+from lora_param.weight.variants.composed import column_norms, with_lengths
 
 __all__ = ["VARIANT"]
 
 
 class _DoRAColumns(Variant):
     def fresh(self, make: Fresh) -> dict[str, Tensor]:
-        magnitude = row_norms(row_squares(make.W().mT)).to(make.dtype)  # (*, n)
+        channels = make.shapes["magnitude"][-1]
+        magnitude = column_norms(make.W(), channels).to(make.dtype)  # (*, channels)
         return {**make.factors(), "magnitude": magnitude}
 
     def lower(
@@ -32,8 +34,7 @@ class _DoRAColumns(Variant):
 
     def delta(self, W: Tensor, tensors: Tensors, scale: float, strength: float) -> Tensor:
         V = W + product(tensors["lora_A"], tensors["lora_B"], scale, W.dtype)  # (*, m, n)
-        ratios = tensors["magnitude"].to(W.dtype) / row_norms(row_squares(V.mT))  # (*, n)
-        return (V * ratios.unsqueeze(-2) - W) * strength
+        return (with_lengths(V, tensors["magnitude"].to(W.dtype), of_rows=False) - W) * strength
 
 
 VARIANT = _DoRAColumns()

@@ -11,6 +11,7 @@ __all__ = ["VARIANT"]
 
 class _LoRA(Variant):
     uses_W = False
+    needs_W = False
     has_blocks = True
 
     def pair(self, tensors: Tensors, scale: float, strength: float) -> tuple[Tensor, Tensor, float]:

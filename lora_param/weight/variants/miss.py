@@ -16,6 +16,7 @@ __all__ = ["VARIANT"]
 
 
 class _MiSS(Variant):  # uses W's shape
+    needs_W = False
     has_blocks = True
 
     def fresh(self, make: Fresh) -> dict[str, Tensor]:
