@@ -95,7 +95,6 @@ def _nearest(
                 adapter.source,
                 [key],
                 f"the weights on which an update of variant {t.settings.variant} depends",
-                "give the base (--base MODEL, base=)",
             )
         if variant.needs_W:
             assert host is not None

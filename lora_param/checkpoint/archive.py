@@ -15,8 +15,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lora_param.checkpoint.jobs import Job, followed
 from lora_param.checkpoint.merging import Merging
-from lora_param.checkpoint.pickle import PickleCheckpoint, is_zip
+from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.streaming import Copied, Merged, jobs_of
+from lora_param.checkpoint.unpickling import is_zip
 from lora_param.files.placed import PlacedFile
 
 if TYPE_CHECKING:

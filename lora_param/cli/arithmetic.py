@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import lora_param as lp
+from lora_param.arithmetic.combine import check_options
 from lora_param.cli.options import (
     AdapterFile,
     AnyBase,
@@ -107,8 +108,9 @@ def combine(
         int | None, typer.Option("-r", "--rank", help="Compress the result to this rank.")
     ] = None,
     density: Annotated[
-        float, typer.Option(help="Of ties, dare and core-space: the share that stays.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Of ties, dare and core-space: the share that stays. Default: 0.5."),
+    ] = None,
     name: Annotated[str, typer.Option(help="The adapter's name.")] = "default",
     seed: Annotated[int, typer.Option(help="Of dare's draws.")] = 0,
     force: Force = False,
@@ -119,6 +121,7 @@ def combine(
 
     Example: lora-param combine a.safetensors=0.7 b.safetensors=0.3 -o c.safetensors
     """
+    check_options(method, rank, density)
     check_output(output, force=force)
     pairs = [weighted(text) for text in adapters]
     rows: list[Any] = []

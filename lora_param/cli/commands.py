@@ -1,4 +1,8 @@
-"""The commands. Each is one library call; what it takes and prints is decided here."""
+"""The commands. Each is one library call; what it takes and prints is decided here.
+
+It is one file, however long: most of a command is its options, and the list of commands is the
+contract.
+"""
 
 from __future__ import annotations
 
@@ -443,8 +447,8 @@ def check(
 ) -> None:
     """Say what is wrong with an adapter, and what each server will do with it.
 
-    Exits with 0 if it is accepted, with 1 if somebody refuses it, and with 3 if it loads somewhere
-    and computes something else.
+    Exits with 0 if it is accepted, with 1 if a server refuses it, and with 3 if one loads it and
+    computes something else.
 
     Example: lora-param check adapter model --for vllm
     """

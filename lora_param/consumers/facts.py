@@ -1,6 +1,8 @@
 """What there is to know of an adapter, as flat facts for the rules.
 
 Headers and configs say nearly all; the values are looked at for zeros and for what is no number.
+
+It is one file, however long: the facts that rules may ask for.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 from lora_param.consumers.contents import PARTS, Contents, Module, read_contents
 from lora_param.errors import BrokenFileError, listed
 from lora_param.formats.kohya import flat_names
+from lora_param.formats.portable import SERVED_RANKS
 from lora_param.names.flat import aliased, flattened
 from lora_param.names.resolve import resolve
 from lora_param.names.table import Names, default_names, names_of
@@ -38,7 +41,6 @@ _OTHER_TOOLS = {
     "mlx": "mlx-lm",
     "diffusers": "diffusers",
 }
-_SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's --max-lora-rank takes
 
 
 def gather(
@@ -194,7 +196,7 @@ def _of_config(source: Contents) -> dict[str, Any]:
         "rslora": rslora,
         "rslora_loss": f"{math.sqrt(rank):.3g}" if rank and rank > 0 else "",
         "max_rank": max_rank,
-        "served_rank": next((r for r in _SERVED if r >= max_rank), max_rank),
+        "served_rank": next((r for r in SERVED_RANKS if r >= max_rank), max_rank),
         "max_scale": float(f"{max(scales, default=0.0):.4g}"),
         "target_parameters": len(parameters),
         "overlapping_patterns": _overlap(patterns, modules),

@@ -9,12 +9,16 @@ from typing import Any, Protocol
 
 from lora_param.adapter import Adapter, Layer
 
-__all__ = ["DORA", "PLAIN", "Format", "Read", "Write"]
+__all__ = ["DORA", "LAYOUTS", "PLAIN", "Format", "Read", "Write"]
+
+LAYOUTS = ("out-in", "in-out")
+"""How a base may store square weights."""
 
 PLAIN = ("lora", "miss")
 """The variants that are exact products of two factors."""
 
 DORA = (*PLAIN, "dora", "dora_columns")
+"""The same, and DoRA of rows or of columns."""
 
 
 class Read(Protocol):
@@ -25,7 +29,7 @@ class Read(Protocol):
 
         Args:
             path: what `recognise` has recognised.
-            layout: "out-in" or "in-out": how square weights are stored, where nothing tells.
+            layout: one of `LAYOUTS`: how square weights are stored, where nothing tells.
             **told: what else the caller says of the file, each of its `takes`.
         """
 

@@ -7,6 +7,8 @@ them `lora.down.weight`, `lora_linear_layer.down.weight`, and a processor's own
 
 The scale is that of `lora_adapter_metadata` (a JSON text in the file's metadata, with the fields of
 a LoraConfig under the part's name); else alpha/rank of `X.alpha`; else 1.
+
+It is one file, however long, as every format is.
 """
 
 from __future__ import annotations

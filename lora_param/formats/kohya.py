@@ -5,6 +5,8 @@ which cannot be taken back by itself: the names of the base say what it was. `lo
 (rank, in, k, k), `lora_up.weight` B (out, rank, 1, 1), `alpha` a number (absent or 0: the rank),
 `lora_mid.weight` (rank, rank, k, k) the core of a convolution's Tucker factors, and `dora_scale`
 DoRA's lengths, (out, 1, ...) or (1, in). LyCORIS writes its LoCon so, too, under `lycoris_`.
+
+It is one file, however long, as every format is.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from lora_param.errors import (
     OptionError,
     OutputError,
     UnsettledError,
+    worded,
 )
 from lora_param.files.header import read_header
 from lora_param.files.safetensors import NAMES, SafetensorsFile, StreamEntry, write_safetensors
@@ -322,7 +325,6 @@ def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, s
             adapter.source,
             adapter.targets,
             "what its base calls its weights",
-            "give the base (--base MODEL, base=)",
         )
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}
@@ -336,15 +338,17 @@ def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, s
                 adapter.source,
                 key,
                 f"of variant {variant}, which {tool} does not have",
-                "give --lossy to approximate it (--rank N)"
-                + ("" if variant in _NEITHER else ", or write it --to lycoris"),
+                f"give {worded('lossy=True', '--lossy')} to approximate it "
+                f"({worded('rank=', '--rank N')})"
+                + ("" if variant in _NEITHER else ", or write it as lycoris"),
             )
         if not linear:
             raise NoFormError(
                 adapter.source,
                 key,
                 f"no factors of a linear layer or a convolution, and {tool} has no others",
-                "bake it (lora-param bake), or give --lossy to leave it out",
+                f"bake it (lora-param bake), or give {worded('lossy=True', '--lossy')} to leave it "
+                f"out",
             )
         of_weight.setdefault(name, []).append(key)
     names = _lora_names(adapter, [_weight_of(n) for n in of_weight])

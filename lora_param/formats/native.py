@@ -193,9 +193,10 @@ def _check_tensors(adapter: Adapter, header: Header) -> None:
     """Every target has its factors, of the shapes and dtypes that fit, and nothing is left over."""
     left = dict(header.entries)
     for key, t in adapter.targets.items():
-        shapes = t.settings.shapes(t.target.region.matrix(adapter.base[t.target.name].shape))
+        matrix = t.target.region.matrix(adapter.base[t.target.name].shape)
+        shapes = t.settings.shapes(matrix)
         if any(f"{key}.{initial}" in left for initial in INITIAL):
-            shapes |= {initial: shapes[factor] for initial, factor in INITIAL.items()}
+            shapes |= t.settings.initial_shapes(matrix)
         for name, shape in shapes.items():
             entry = left.pop(f"{key}.{name}", None)
             if entry is None:
@@ -267,7 +268,6 @@ def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
             adapter.source,
             adapter.targets,
             "how the base stores its weights",
-            "give the base (--base MODEL, base=)",
         )
     entries: dict[str, StreamEntry] = {}
     for key in adapter.targets:

@@ -11,7 +11,7 @@ from html_samples import HOSTILE, Page
 from safetensors.torch import save_file
 
 import lora_param as lp
-from lora_param.arithmetic.diff import Diff, Difference
+from lora_param.arithmetic.difference import Diff, Difference
 from lora_param.errors import OutputError
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_param.arithmetic.diff import Diff, Difference
+from lora_param.arithmetic.difference import Diff, Difference
 from lora_param.report import figures
 from lora_param.report.page.grid import Grid, in_reading_order, lay_out
 from lora_param.report.page.maps import Cell, Measure, heat_map, wide_columns
