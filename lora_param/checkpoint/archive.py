@@ -7,7 +7,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.streaming import Copied, Merged, jobs_of
 from lora_param.checkpoint.unpickling import is_zip
+from lora_param.errors import BrokenFileError
 from lora_param.files.placed import PlacedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["archive_jobs", "read_members"]
+__all__ = ["archive_jobs", "data_starts", "read_members"]
 
 _PIECE = 1 << 20  # bytes that a checksum is made of at a time
 _DIRECTORY, _LOCAL = struct.Struct("<16xI8xHHH12x"), struct.Struct("<6xH6xI8xHH")
@@ -56,7 +57,7 @@ def archive_jobs(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> I
     if merging.dtype is not None or not is_zip(part.path):
         return None
     with part.path.open("rb") as source:
-        members, directory = read_members(source)
+        members, directory = read_members(source, part.path)
     places = _places(merging, part, members)
     return None if places is None else _jobs(merging, part, file, places, directory)
 
@@ -108,8 +109,23 @@ def _write_checksum(file: IO[bytes], target: PlacedFile, member: _Member) -> Non
         target.write(struct.pack("<I", crc), place)
 
 
-def read_members(file: IO[bytes]) -> tuple[dict[int, _Member], int]:
-    """The members that are not compressed, by where their data begin; and the directory's place."""
+def read_members(file: IO[bytes], path: Path) -> tuple[dict[int, _Member], int]:
+    """The members that are not compressed, by where their data begin; and the directory's place.
+
+    Args:
+        file: the archive.
+        path: the file that it is in, for messages.
+
+    Raises:
+        BrokenFileError: the directory and the members disagree.
+    """
+    try:
+        return _read_members(file)
+    except (zipfile.BadZipFile, struct.error) as error:
+        raise BrokenFileError(path, f"it is a damaged zip archive ({error})") from None
+
+
+def _read_members(file: IO[bytes]) -> tuple[dict[int, _Member], int]:
     found: dict[int, _Member] = {}
     with zipfile.ZipFile(file) as archive:
         infos, place = archive.infolist(), archive.start_dir
@@ -146,15 +162,26 @@ def _places(
     merging: Merging, part: PickleCheckpoint, members: Mapping[int, _Member]
 ) -> dict[_Member, dict[int, str]] | None:
     """Where the data of the weights that change are: a name for each, by member and offset."""
+    import torch
+
     names = [name for name in part if name in merging.pieces]
-    try:
-        starts = _starts(part, names)
-    except (RuntimeError, NotImplementedError):
-        return None  # what it holds is known to no such device: quantized tensors
+
+    def load() -> list[Tensor]:
+        content = torch.load(part.path, map_location="meta", weights_only=True)
+        for key in part.nesting:
+            content = content[key]
+        return [content[name] for name in names]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about sparse and quantized tensors
+        try:
+            starts = data_starts(load)
+        except (RuntimeError, NotImplementedError):
+            return None  # what it holds is known to no such device: quantized tensors
     uses = _uses(part.content)
     found: dict[_Member, dict[int, str]] = {}
     for name, start in zip(names, starts, strict=True):
-        W, member = part.state_dict[name], members.get(-1 if start is None else start)
+        W, member = part.state_dict[name], members.get(start)
         if member is None or not W.is_contiguous() or W.is_conj() or W.is_neg():
             return None
         if member.stop - member.start != W.untyped_storage().nbytes():
@@ -167,26 +194,23 @@ def _places(
     return found
 
 
-def _starts(part: PickleCheckpoint, names: Sequence[str]) -> list[int | None]:
-    """Where the data of the storages of weights begin in the file; None where it is not known."""
-    import torch
+def data_starts(load: Callable[[], Iterable[Tensor]]) -> list[int]:
+    """Where the data of tensors begin in an archive; -1 for those of which torch does not tell.
+
+    Args:
+        load: loads the tensors with torch.load and `map_location="meta"`, which reads no data.
+    """
 
     def starts() -> list[int | None]:
-        content = torch.load(part.path, map_location="meta", weights_only=True)  # reads no data
-        for key in part.nesting:
-            content = content[key]
-        storages = [content[name].untyped_storage() for name in names]
-        return [getattr(storage, "_checkpoint_offset", None) for storage in storages]
+        return [getattr(t.untyped_storage(), "_checkpoint_offset", None) for t in load()]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about sparse and quantized tensors
-        found = starts()
-        if None in found:  # an older torch notes it in this mode alone, a second's import
-            from torch._subclasses.fake_tensor import FakeTensorMode
+    found = starts()
+    if None in found:  # an older torch notes it in this mode alone, a second's import
+        from torch._subclasses.fake_tensor import FakeTensorMode
 
-            with FakeTensorMode():
-                found = starts()
-        return found
+        with FakeTensorMode():
+            found = starts()
+    return [-1 if start is None else start for start in found]
 
 
 def _uses(content: Any) -> dict[int, list[Tensor]]:

@@ -58,7 +58,9 @@ def load_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
-        needs = _unsafe_globals(path, zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in the strings of damaged bytes
+            needs = _unsafe_globals(path, zipped)
         if needs:
             raise UnsafePickleError(path, f"it needs {needs[0]}") from None
         raise BrokenFileError(path, "it is no file of torch.save, or is damaged") from None

@@ -176,6 +176,10 @@ def _unknown(value: Any, known: Iterable[str], needed: Iterable[str], where: str
     for name in unknown:
         if name in needed:
             raise _EssentialError(f"{name!r} in {where} changes what it means, and is not known")
+    try:
+        json.dumps(unknown, allow_nan=False)  # it will be passed on
+    except ValueError:
+        raise _BadConfigError(f"{where} has a number that JSON cannot hold") from None
     return unknown
 
 
