@@ -33,9 +33,8 @@ def test_norms_are_those_of_the_dense_weights(
         (row,) = lp.stats(path, tmp_path / "a.safetensors").rows
         (made,) = adapter.targets.values()
         W = weights[made.target.name][made.target.region.index].double()
-        assert row.weight_norm == pytest.approx(float(W.norm()), rel=1e-5), (
-            target
-        )  # blocks are summed in fp32
+        norm = pytest.approx(float(W.norm()), rel=1e-5)  # a block is summed in fp32
+        assert row.weight_norm == norm, target
 
 
 def test_plain_norms_need_no_weight_as_a_whole(
