@@ -3,8 +3,8 @@
 It rejects all that the reference reader rejects, and in addition what that one lets pass unseen:
 two tensors of the same name (the first would be lost).
 
-The quick look at a plain header, the checks of all others and the writing are one file: together they
-are what is known of the format.
+The quick look at a plain header, the checks of all others and the writing are one file: together
+they are what is known of the format.
 """
 
 from __future__ import annotations
