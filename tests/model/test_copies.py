@@ -166,7 +166,7 @@ def test_gradients_reach_a_copy() -> None:
 
 
 def test_they_are_not_made_by_apply_and_rows_are_not_patterns() -> None:
-    with pytest.raises(OptionError, match="copies are loaded, not made"):
+    with pytest.raises(OptionError, match="copy comes in files of other tools alone"):
         lp.apply(Net(), ["fc"], variant="copy")
     with pytest.raises(OptionError, match="copy, for single rows"):
         AdapterTarget(Target("emb.weight", Region(picked=(1,))), Settings())
