@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from lora_param.api_files import apply_checkpoint as apply_checkpoint
     from lora_param.api_files import bake_checkpoint as bake_checkpoint
     from lora_param.arithmetic.combine import combine as combine
-    from lora_param.arithmetic.combine import resize as resize
-    from lora_param.arithmetic.diff import Diff as Diff
     from lora_param.arithmetic.diff import diff as diff
+    from lora_param.arithmetic.difference import Diff as Diff
     from lora_param.arithmetic.extract import ExtractReport as ExtractReport
     from lora_param.arithmetic.extract import extract as extract
+    from lora_param.arithmetic.resize import resize as resize
     from lora_param.checkpoint.baked import BakeReport as BakeReport
     from lora_param.consumers.check import check as check
     from lora_param.consumers.verdict import Verdict as Verdict
@@ -66,7 +66,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "adapter",
     "BakeReport": "checkpoint.baked",
-    "Diff": "arithmetic.diff",
+    "Diff": "arithmetic.difference",
     "ExtractReport": "arithmetic.extract",
     "LoRA": "model.lora",
     "LoraParamError": "errors",
@@ -98,7 +98,7 @@ _HOMES = {
     "plan": "api",
     "read_adapter": "formats",
     "remove": "model.adapters",
-    "resize": "arithmetic.combine",
+    "resize": "arithmetic.resize",
     "save": "api",
     "save_pretrained": "api",
     "set_scale": "model.switching",

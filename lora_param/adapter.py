@@ -191,7 +191,7 @@ class Adapter:
 
     def tensor_names(self, key: str) -> list[str]:
         """The short names of one target's tensors."""
-        named = (*self.targets[key].settings.axes, *INITIAL)
+        named = self.targets[key].settings.all_axes
         return [n for n in named if f"{key}.{n}" in self.tensors]
 
     def weights(self) -> dict[str, Weight]:

@@ -1,9 +1,11 @@
-"""The verbs over more than one wing: `plan`, `stats`, `enable`, `disable` take a live model or a
-path, `save` and `load` stand between an adapter on a model and its file.
+"""Functions over live models and files alike: `plan`, `stats`, `enable` and `disable` take a live
+model or a path, `save` and `load` stand between an adapter on a model and its file.
 
 What works on a live model alone is in `model/`, what works on files alone in `checkpoint/` and
-`formats/`. Nothing here imports torch: only a live model brings it, and then it is imported. Half
-of the lines say what the arguments are: the functions are short, and their list is the contract.
+`formats/`. Nothing here imports torch: only a live model brings it, and then it is imported.
+
+It is one file, however long: the list of its functions is the contract, and half of its lines say
+what their arguments are.
 """
 
 from __future__ import annotations
@@ -17,22 +19,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from lora_param.adapter import Adapter, AdapterTarget, Host, check_name
-from lora_param.arithmetic.approximate import PLAIN, approximate
+from lora_param.arithmetic.approximate import approximate
 from lora_param.arithmetic.combine import Compressed
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.fit import host_of as checkpoint_host
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.errors import NoAdapterError, OptionError, OutputError
+from lora_param.errors import NoAdapterError, OptionError, OutputError, worded
 from lora_param.formats import (
-    FORMATS,
+    format_named,
     is_adapter,
     read_adapter,
     toggle_file,
     write_adapter,
 )
-from lora_param.formats.kohya import LAYERS as KOHYA_LAYERS
+from lora_param.formats.base import Format
 from lora_param.formats.peft.kinds import kinds_of
-from lora_param.formats.portable import SERVED
 from lora_param.model.weights import buffers_of, weights_of
 from lora_param.report.collect import Progress, as_array, collect
 from lora_param.report.stats import Stats
@@ -145,6 +146,9 @@ def stats(
             measured=norms,
             progress=progress,
         )
+    if isinstance(adapter, str | os.PathLike) and not is_adapter(adapter) and is_adapter(path):
+        accepted = f"the model first: {adapter} {path}"
+        raise OptionError("the order of model and adapter", f"{path} {adapter}", accepted)
     with open_checkpoint(path, key) as checkpoint:
         if adapter is None:
             return collect(checkpoint.weights, [], source=str(path), name=_name(path))
@@ -458,7 +462,8 @@ def convert(
     >>> convert("peft-directory", "native", "adapter.safetensors", base="model")  # doctest: +SKIP
     """
     if rank is not None and not lossy:
-        raise OptionError("rank", rank, "nothing without --lossy (lossy=True)")
+        raise OptionError("rank", rank, f"nothing without {worded('lossy=True', '--lossy')}")
+    written_as = format_named(to)
     if isinstance(adapter, Adapter):
         record = adapter
     else:
@@ -467,9 +472,9 @@ def convert(
     def written(record: Adapter, host: Host | None) -> Adapter:
         record.check_finite()
         if lossy:
-            record = _nearest(record, to, host, rank, report)
+            record = _nearest(record, written_as, host, rank, report)
         write_adapter(record, out, to, force=force, sync=sync)
-        unsaid = FORMATS[to].unsaid(record)
+        unsaid = written_as.unsaid(record)
         return replace(record, notes=(*record.notes, unsaid)) if unsaid else record
 
     if isinstance(base, (str, os.PathLike)):
@@ -493,19 +498,17 @@ def _at_hand(record: Adapter, host: Host) -> Adapter:
 
 def _nearest(
     record: Adapter,
-    to: str,
+    to: Format,
     host: Host | None,
     rank: int | None,
     report: Callable[[Compressed], None] | None,
 ) -> Adapter:
     """What a format has a form for; all of it where nothing is lost."""
-    if rank is None and to not in ("portable", "kohya"):
+    if rank is None and to.layers is None:
         return record
-    kinds = kinds_of(record) if to in ("portable", "kohya") else {}
-    served = SERVED if to == "portable" else KOHYA_LAYERS if to == "kohya" else None
+    kinds = {} if to.layers is None else kinds_of(record)
 
     def has_form(t: AdapterTarget) -> bool:
-        return served is None or kinds.get(t.target.name) in served
+        return to.layers is None or kinds.get(t.target.name) in to.layers
 
-    exact = (*PLAIN, "dora", "dora_columns") if to == "kohya" else PLAIN
-    return approximate(record, host, has_form, exact=exact, rank=rank, report=report)
+    return approximate(record, host, has_form, exact=to.exact, rank=rank, report=report)

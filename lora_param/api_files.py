@@ -20,7 +20,7 @@ from lora_param.errors import OutputError
 from lora_param.files.writer import check_output
 from lora_param.formats import check_adapter_name, read_adapter, write_adapter
 from lora_param.targets.options import read_options, takes_settings
-from lora_param.targets.plan import Plan, Tied
+from lora_param.targets.plan import Plan, Tied, check_tied
 from lora_param.targets.settings import SettingsOptions
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def apply_checkpoint(
     """
     read_options(apply_checkpoint, options)
     check_name(adapter)
+    check_tied(tied)
     check_adapter_name(Path(out))
     if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
         raise OutputError(out, "it is the checkpoint itself")

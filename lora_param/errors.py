@@ -54,7 +54,8 @@ are one file, however long, so that the tree and the wording are seen together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 __all__ = [
     "AdapterError",
@@ -126,6 +127,29 @@ def escaped(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+_at_command_line = False
+
+
+def worded(library: str, command: str) -> str:
+    """What to give, as the library takes it, or the command line while one of its commands runs.
+
+    >>> worded("force=True", "--force")
+    'force=True'
+    """
+    return command if _at_command_line else library
+
+
+@contextmanager
+def at_command_line() -> Iterator[None]:
+    """Within the block, errors name the options of the command line."""
+    global _at_command_line
+    before, _at_command_line = _at_command_line, True
+    try:
+        yield
+    finally:
+        _at_command_line = before
 
 
 class LoraParamError(Exception):
@@ -265,10 +289,12 @@ class TiedWeightsError(TargetError):
     """One side of a tied pair."""
 
     def __init__(self, chosen: Sequence[str], others: Sequence[str]) -> None:
+        together = worded("tied='together'", "--tied together")
+        apart = worded("tied='apart'", "--tied apart")
         super().__init__(
             f"{listed(chosen)} is tied to {listed(others)} (one tensor under several names), and "
-            f"only the first is targeted. Choose: tied='together' (--tied together) adapts them "
-            f"all with one set of factors; tied='apart' (--tied apart) adapts the first alone."
+            f"only the first is targeted. Choose: {together} adapts them all with one set of "
+            f"factors; {apart} adapts the first alone."
         )
 
 
@@ -318,8 +344,8 @@ class ChainError(ModelError):
     def __init__(self, name: str, others: Sequence[str], kept: Sequence[str] = ()) -> None:
         what = f"{name} carries another parametrization besides LoRA ({listed(others)})"
         super().__init__(
-            f"{what}: its chain becomes one plain weight as a whole, with {listed(kept)}, which "
-            f"was to stay. Bake all adapters at once (adapter=None)."
+            f"{what}. All parametrizations of a weight are baked together, and with them "
+            f"{listed(kept)}, which was to stay: bake all adapters at once (adapter=None)."
             if kept
             else f"{what}, through which W + ΔW cannot be written. Remove that one first, or make "
             f"the whole chain one plain weight: bake(model, chain=True)."
@@ -331,9 +357,9 @@ class DependentUpdateError(ModelError):
 
     def __init__(self, key: str, baked: Sequence[str], kept: str, variant: str) -> None:
         super().__init__(
-            f"{key}: baking {listed(baked)} alone would change what {kept!r} adds, since the "
-            f"update of {variant} depends on the weight that it stands on, and with it the output. "
-            f"Bake all adapters at once (adapter=None), or remove one of the two. "
+            f"{key}: baking {listed(baked)} alone would change what {kept!r} adds, and so the "
+            f"model's output: an update of variant {variant} depends on the weight that it is "
+            f"added to. Bake all adapters at once (adapter=None), or remove one of the two. "
             f"Nothing was written."
         )
 
@@ -363,8 +389,8 @@ class ResizeError(ModelError):
 
     def __init__(self, names: Sequence[str], rows: int, wanted: int) -> None:
         super().__init__(
-            f"{listed(names)} is adapted, and resizing it from {rows} to {wanted} rows would leave "
-            f"its factors behind; nothing was changed. Resize before lora_param.apply(model), or "
+            f"{listed(names)} is adapted, and its factors would not fit it with {wanted} rows "
+            f"instead of {rows}; nothing was changed. Resize before lora_param.apply(model), or "
             f"call lora_param.bake(model) or lora_param.remove(model) first."
         )
 
@@ -482,7 +508,7 @@ class FingerprintError(AdapterError):
         super().__init__(
             f"{adapter} was made on another base than {base}: the fingerprint differs for "
             f"{listed(differing)}. Give the base it was made on, or override the check with "
-            f"check_fingerprint=False (--ignore-fingerprint)."
+            f"{worded('check_fingerprint=False', '--ignore-fingerprint')}."
         )
 
 
@@ -493,11 +519,12 @@ class UnsettledError(AdapterError):
         adapter: which adapter.
         names: the weights that it is about.
         what: what is not told of them.
-        give: what to give, so that it is.
+        give: what to give, so that it is; the base, unless there is more to say.
     """
 
-    def __init__(self, adapter: str, names: Iterable[str], what: str, give: str) -> None:
-        super().__init__(f"{adapter} does not tell {what} (of {listed(names)}): {give}.")
+    def __init__(self, adapter: str, names: Iterable[str], what: str, give: str = "") -> None:
+        give = give or f"give the base ({worded('base=', '--base MODEL')})"
+        super().__init__(f"{adapter} does not say {what} (of {listed(names)}): {give}.")
 
 
 class NoFormError(AdapterError):
@@ -519,9 +546,9 @@ class ResumeError(AdapterError):
 
     def __init__(self, name: str, here: str, there: str) -> None:
         super().__init__(
-            f"the state dict goes on from another base: the frozen weight of {name} has the "
-            f"fingerprint {there!r} there and {here!r} here. Load the base that it was trained on, "
-            f"apply the adapter, then resume."
+            f"the state dict was saved on another base: the frozen weight of {name} has the "
+            f"fingerprint {there!r} there, and {here!r} in this model. Load the base that it was "
+            f"trained on, apply the adapter, then resume."
         )
 
 
@@ -550,7 +577,7 @@ class UnchangedError(AdapterError):
         what = f"{targets} enabled target{'s' * (targets != 1)} of {listed(adapters)}"
         why = (
             f"the updates of {what} are too small for the stored dtype; give a wider one "
-            "(--dtype float32)"
+            f"({worded('dtype=torch.float32', '--dtype float32')})"
             if lost
             else f"the updates of {what} are still zero; train the adapter first"
         )
@@ -566,10 +593,11 @@ class QuantizationLossError(AdapterError):
     def __init__(self, kept: Sequence[tuple[str, float]], targets: int) -> None:
         worst = sorted(kept, key=lambda item: item[1])
         shown = listed([f"{name} ({share:.0%})" for name, share in worst])
+        plain = worded("quantized='dense'", "--as dense")
         super().__init__(
             f"quantizing again keeps less than half of the update of {len(kept)} of {targets} "
-            f"targets: {shown}. Nothing was written. Write plain weights (--as dense), or "
-            f"accept it (--force)."
+            f"targets: {shown}. Nothing was written. Write plain weights ({plain}), or "
+            f"accept it ({worded('force=True', '--force')})."
         )
 
 

@@ -59,6 +59,13 @@ class Int8Rows(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"{type(self).__name__}{tuple(self.q.shape)}"
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["q", "scales"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: object) -> Int8Rows:
+        return cls(inner["q"], inner["scales"])
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = (type(self), (self.q, self.scales))
         return made if not isinstance(self, nn.Parameter) else (_parameter, (*made,))
@@ -85,8 +92,11 @@ class Int8Rows(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         first = args[0]
-        if func in (aten.detach.default, aten.clone.default, aten._to_copy.default):
+        if func in (aten.detach.default, aten.clone.default):
             return cls(*(func(t) for t in (first.q, first.scales)))
+        if func is aten._to_copy.default:
+            to = kwargs or {}
+            return cls(func(first.q, **{**to, "dtype": None}), func(first.scales, **to))
         if func is aten.copy_.default and isinstance(first, Int8Rows):
             other = args[1] if isinstance(args[1], Int8Rows) else cls.pack(args[1])
             first.q.copy_(other.q)

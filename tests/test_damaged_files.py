@@ -105,6 +105,30 @@ def memory() -> int:
     return most if sys.platform == "darwin" else most << 10
 
 
+def damaged(folder: Path, whole: bytes, seed: int, number: int) -> tuple[Path, str, random.Random]:
+    """One file, its kind, and what draws what is done with it."""
+    kind = list(KINDS)[number % len(KINDS)]
+    draw = random.Random(f"{seed}/{number}")
+    name, content = KINDS[kind](draw, whole)
+    path = folder / name
+    path.write_bytes(content)
+    return path, kind, draw
+
+
+@pytest.mark.parametrize(("seed", "number"), [(11, 1004), (11, 3373), (11, 6056), (11, 7004)])
+def test_what_a_long_run_found(
+    seed: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Escapes in a damaged pickle, a NaN in an adapter's config, an archive of two minds."""
+    folder = tmp_path / "in"
+    for made in (folder, tmp_path / "out"):
+        made.mkdir()
+    monkeypatch.chdir(tmp_path)
+    path, kind, draw = damaged(folder, damage.prepare(folder), seed, number)
+    with no_longer_than(MOST_SECONDS):
+        use(path, folder, kind, draw)
+
+
 def test_the_fuzzer_of_damaged_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,11 +143,7 @@ def test_the_fuzzer_of_damaged_files(
     outcomes.clear()
     failures: list[str] = []
     for number in range(FILES):
-        kind = list(KINDS)[number % len(KINDS)]
-        draw = random.Random(f"{SEED}/{number}")
-        name, content = KINDS[kind](draw, whole)
-        path = folder / name
-        path.write_bytes(content)
+        path, kind, draw = damaged(folder, whole, SEED, number)
         try:
             with no_longer_than(MOST_SECONDS):
                 use(path, folder, kind, draw)

@@ -64,3 +64,9 @@ def test_the_set_up_commands_are_what_ci_takes() -> None:
 
 def test_the_commands_are_fresh() -> None:
     assert updated(TEXT) == TEXT, "run: python tests/readme_commands.py"
+
+
+def test_lines_of_prose_are_wrapped() -> None:
+    prose = re.sub(r"^```.*?^```|<!-- commands.*?/commands -->", "", TEXT, flags=re.DOTALL | re.M)
+    long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long

@@ -24,7 +24,7 @@ def gpt2(**more: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **none, **more))
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **none, **more}))
 
 
 def llama(**more: Any) -> nn.Module:
@@ -34,18 +34,29 @@ def llama(**more: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **more))
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **more}))
 
 
-def mixtral(**more: Any) -> nn.Module:
+def mixtral(seed: int = 0, **more: Any) -> nn.Module:
     need("transformers")
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts, **more))
+    return MixtralForCausalLM(MixtralConfig(**{**sizes, **heads, **experts, **more}))
+
+
+def qwen3_moe(**more: Any) -> nn.Module:
+    need("transformers")
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 10}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, **heads, **experts, **more}))
 
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], list[str]]] = {

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 from lora_param.adapter import Adapter, AdapterTarget, Host
 from lora_param.arithmetic.combine import Compressed
 from lora_param.errors import UnsettledError
+from lora_param.formats.base import PLAIN
 from lora_param.targets.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PLAIN", "approximate"]
-
-PLAIN = ("lora", "miss")
-"""The variants that are exact products of two factors."""
+__all__ = ["approximate"]
 
 
 def approximate(
@@ -97,7 +95,6 @@ def _nearest(
                 adapter.source,
                 [key],
                 f"the weights on which an update of variant {t.settings.variant} depends",
-                "give the base (--base MODEL, base=)",
             )
         if variant.needs_W:
             assert host is not None

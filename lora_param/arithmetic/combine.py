@@ -1,4 +1,4 @@
-"""Sums of adapters, and adapters of lower rank: on the factors, never on an m × n matrix."""
+"""Sums of adapters: on the factors, never on an m × n matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.arithmetic.pairs import Pair, pair_of
-from lora_param.errors import MismatchError, OptionError, OverlapError
+from lora_param.errors import MismatchError, OptionError, OverlapError, listed
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.settings import Settings
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from lora_param.weight.lowrank import Kept
 
-__all__ = ["METHODS", "Compressed", "combine", "resize"]
+__all__ = ["METHODS", "Compressed", "check_options", "combine"]
 
 METHODS = ("cat", "svd", "linear", "ties", "dare", "core-space")
+_THINNING = ("ties", "dare", "core-space")
+_DENSITY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def combine(
     *,
     method: str = "cat",
     rank: int | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
     adapter: str = "default",
     report: Callable[[Compressed], None] | None = None,
@@ -70,7 +72,7 @@ def combine(
             "core-space": "ties" in the space that all factors span, where the updates are small
             matrices (Panariello et al. 2025, https://arxiv.org/abs/2509.17786).
         rank: compress the result to this rank, for any method.
-        density: for ties, dare and core-space, the share of elements that stays.
+        density: for ties, dare and core-space, the share of elements that stays, 0.5 by default.
         seed: of dare's draws.
         adapter: the name of the result.
         report: called with what became of each target.
@@ -90,7 +92,9 @@ def combine(
     """
     from lora_param.weight.lowrank import Kept
 
-    _check(adapters, weights, method, density)
+    check_options(method, rank, density)
+    density = _DENSITY if density is None else density
+    _check(adapters, weights)
     if len(adapters) == 1 and weights[0] == 1 and rank is None and method == "cat":
         return replace(adapters[0], name=adapter)
     keep = None if rank is None else Kept(rank=rank)
@@ -104,7 +108,7 @@ def combine(
         pair = Pair(pair.A.contiguous(), (pair.B * pair.scale).contiguous(), 1.0)
         first = adapters[holders[0]].targets[key]
         targets[key] = AdapterTarget(
-            first.target, _plain(pair.A.shape[-2]), also=first.also, apart=first.apart
+            first.target, Settings().at(pair.A.shape[-2], 1.0), also=first.also, apart=first.apart
         )
         tensors |= {f"{key}.lora_A": pair.A, f"{key}.lora_B": pair.B}
         if report:
@@ -124,18 +128,28 @@ def combine(
     )
 
 
-def _check(
-    adapters: Sequence[Adapter], weights: Sequence[float], method: str, density: float
-) -> None:
+def check_options(method: str, rank: int | None, density: float | None) -> None:
+    """What of `combine`'s options can be checked before an adapter is read.
+
+    Raises:
+        OptionError: see `combine`.
+    """
     if method not in METHODS:
         raise OptionError("method", method, ", ".join(METHODS))
+    if rank is not None and rank < 1:
+        raise OptionError("rank", rank, "a whole number of at least 1")
+    if density is not None and method not in _THINNING:
+        raise OptionError("density", density, f"none with {method}; {listed(_THINNING)} take one")
+    if density is not None and not 0 < density <= 1:
+        raise OptionError("density", density, "a share above 0 and at most 1")
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
     if not adapters or len(adapters) != len(weights):
         raise OptionError("weights", list(weights), f"one for each of {len(adapters)} adapters")
     for weight in weights:
         if not math.isfinite(weight):
             raise OptionError("weights", list(weights), "finite numbers")
-    if not 0 < density <= 1:
-        raise OptionError("density", density, "a share above 0 and at most 1")
 
 
 def _targets(adapters: Sequence[Adapter]) -> dict[str, list[int]]:
@@ -168,10 +182,6 @@ def _same_base(a: Adapter, b: Adapter, name: str, mine: BaseWeight, theirs: Base
         raise MismatchError(
             a.source, b.source, shapes=[f"the base's {name}: {what}"], wanted=len(a.targets)
         )
-
-
-def _plain(rank: int) -> Settings:
-    return Settings(rank=rank, alpha=float(rank))
 
 
 def _combined(
@@ -279,46 +289,3 @@ def _in_core_space(pairs: Sequence[tuple[Pair, float]], density: float) -> Pair:
     V = orthonormal(torch.cat([p.A for p, _ in pairs], -2).mT)  # (*, in, l)
     cores = [(U.mT @ p.B) @ (p.A @ V) * p.scale for p, _ in pairs]  # (*, k, l) each
     return Pair(V.mT, U @ _ties(cores, [w for _, w in pairs], density), 1.0)
-
-
-def resize(
-    adapter: Adapter,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    error: float | None = None,
-    report: Callable[[Compressed], None] | None = None,
-) -> Adapter:
-    """An adapter of lower rank: for each target the best that there is for its product.
-
-    Args:
-        adapter: of plain LoRA; pissa's and olora's initial pairs are joined to the factors.
-        rank: the most that a target keeps.
-        energy: the share of ‖ΔW‖² to keep; each target keeps the fewest that hold it.
-        error: the same, as a share of ‖ΔW‖ that may be lost.
-        report: called with what became of each target.
-
-    Returns:
-        A new record with scale 1; what is enabled stays so.
-
-    Raises:
-        OptionError: not one of rank, energy and error, or a value out of range.
-        VariantError: an update is not of the form scale·(B @ A).
-
-    >>> resize(adapter, energy=0.99)  # doctest: +SKIP
-    """
-    from lora_param.weight.lowrank import Kept, reduce_product
-
-    keep = Kept(rank, energy, error)
-    targets: dict[str, AdapterTarget] = {}
-    tensors: dict[str, Tensor] = {}
-    for key, t in adapter.targets.items():
-        pair = pair_of(adapter, key, "resize")
-        low = reduce_product(pair.A, pair.B * pair.scale, keep)
-        settings = replace(_plain(low.A.shape[-2]), dropout=t.settings.dropout)
-        targets[key] = replace(t, settings=settings, strength=1.0)
-        tensors |= {f"{key}.lora_A": low.A, f"{key}.lora_B": low.B}
-        if report:
-            lost = math.sqrt(max(0.0, 1 - low.energy))
-            report(Compressed(key, pair.A.shape[-2], low.A.shape[-2], lost))
-    return replace(adapter, targets=targets, tensors=tensors)

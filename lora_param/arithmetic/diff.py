@@ -6,96 +6,29 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter
+from lora_param.arithmetic.difference import Diff, Difference
 from lora_param.arithmetic.pairs import Pair, pair_of
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.checkpoint.plan import plan_merging
 from lora_param.errors import OptionError
 from lora_param.formats import is_adapter, read_adapter
-from lora_param.printing import Printed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["Diff", "Difference", "diff"]
+__all__ = ["diff"]
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int, str], None]
 
 _DIRECTIONS = 64  # how many directions a difference is searched for
 _NOTHING = 1e-4  # of the greatest singular value: what fp32 leaves of a zero one
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One weight or target that is not the same on both sides.
-
-    Attributes:
-        name: of the weight, or the target's key.
-        what: "values", or in words what cannot be compared: one side alone, shapes, dtypes.
-        changed: number of elements that differ.
-        total: number of elements.
-        norm: ‖a - b‖.
-        ratio: ‖a - b‖ / ‖b‖; infinite where b is 0.
-        rank: of a - b, where it is a matrix; None for more than 64, and where it was not looked at.
-        overlap: of two updates, how much of the smaller one's directions the other spans, from 0
-            to 1: the mean of the squared cosines of the principal angles between their column
-            spaces and between their row spaces (Hu et al. 2021, §7.2).
-    """
-
-    name: str
-    what: str = "values"
-    changed: int | None = None
-    total: int | None = None
-    norm: float | None = None
-    ratio: float | None = None
-    rank: int | None = None
-    overlap: float | None = None
-
-
-@dataclass(frozen=True, repr=False)
-class Diff(Printed):
-    """What `diff` found. It prints itself.
-
-    Attributes:
-        a: one side.
-        b: the other: with an adapter, what base and adapter should give.
-        kind: "adapters", "checkpoints" or "baked".
-        rows: what differs.
-        compared: number of weights or targets that both sides have.
-    """
-
-    view: ClassVar[str] = "diff_view"
-
-    a: str
-    b: str
-    kind: str
-    rows: tuple[Difference, ...]
-    compared: int
-
-    @property
-    def same(self) -> bool:
-        """Nothing differs, not one bit."""
-        return not self.rows
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data, for JSON."""
-        return {
-            "a": self.a,
-            "b": self.b,
-            "kind": self.kind,
-            "same": self.same,
-            "compared": self.compared,
-            "differences": [asdict(row) for row in self.rows],
-        }
-
-    def __repr__(self) -> str:
-        found = "the same" if self.same else f"{len(self.rows)} differ"
-        return f"<Diff of {self.kind}: {found} of {self.compared}>"
 
 
 def diff(
@@ -109,7 +42,9 @@ def diff(
 ) -> Diff:
     """Compare two adapters, two checkpoints, or a checkpoint with a base and an adapter.
 
-    Weights are the same where their bits are. One is in memory at a time.
+    Weights are the same where their bits are. One is in memory at a time. A merged checkpoint may
+    be stored in another dtype than its base (`bake --dtype`): W + ΔW is then rounded to the dtype
+    that `a` has, and the notes say so.
 
     Args:
         a: an adapter or a checkpoint.
@@ -148,11 +83,11 @@ def _of_checkpoints(
     check_fingerprint: bool,
     progress: Progress | None,
 ) -> Diff:
-    meant: Callable[[str], Tensor] = b.__getitem__
+    merging = None
     if adapter is not None:
-        record = read_adapter(adapter)
-        merging = plan_merging(b, [(record, 1.0)], dtype=None, check_fingerprint=check_fingerprint)
-        meant = lambda name: merging.stored(name, b[name])  # noqa: E731
+        pairs = [(read_adapter(adapter), 1.0)]
+        merging = plan_merging(b, pairs, dtype=None, check_fingerprint=check_fingerprint)
+    cast: dict[tuple[torch.dtype, torch.dtype], int] = {}
     names = [*a, *(n for n in b if n not in a)]
     both = [n for n in names if n in a and n in b]
     rows: list[Difference] = []
@@ -161,11 +96,29 @@ def _of_checkpoints(
             progress(i + 1, len(names), name)
         if name not in a or name not in b:
             rows.append(Difference(name, f"in {a.path if name in a else b.path} alone"))
-        elif row := _values(name, a[name], meant(name)):
+            continue
+        mine, theirs = a[name], b[name]
+        if merging is not None:
+            own = merging.stored_as(theirs)
+            if mine.dtype != own and mine.is_floating_point() and own.is_floating_point:
+                cast[own, mine.dtype] = cast.get((own, mine.dtype), 0) + 1
+                theirs = replace(merging, dtype=mine.dtype).stored(name, theirs)
+            else:
+                theirs = merging.stored(name, theirs)
+        if row := _values(name, mine, theirs):
             rows.append(row)
     side = str(b.path) if adapter is None else f"{b.path} with {adapter}"
     kind = "checkpoints" if adapter is None else "baked"
-    return Diff(str(a.path), side, kind, tuple(rows), len(both))
+    notes = [_cast_note(n, *dtypes) for dtypes, n in cast.items()]
+    return Diff(str(a.path), side, kind, tuple(rows), len(both), tuple(notes))
+
+
+def _cast_note(count: int, base: torch.dtype, merged: torch.dtype) -> str:
+    there, here = (str(d).removeprefix("torch.") for d in (base, merged))
+    return (
+        f"{count} weight{'s' * (count != 1)}, {there} in the base, {'is' if count == 1 else 'are'} "
+        f"{here} in what was merged, and compared as {here}."
+    )
 
 
 def _values(name: str, a: Tensor, b: Tensor) -> Difference | None:

@@ -7,7 +7,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lora_param.checkpoint.jobs import Job, followed
 from lora_param.checkpoint.merging import Merging
-from lora_param.checkpoint.pickle import PickleCheckpoint, is_zip
+from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.streaming import Copied, Merged, jobs_of
+from lora_param.checkpoint.unpickling import is_zip
+from lora_param.errors import BrokenFileError
 from lora_param.files.placed import PlacedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["archive_jobs", "read_members"]
+__all__ = ["archive_jobs", "data_starts", "read_members"]
 
 _PIECE = 1 << 20  # bytes that a checksum is made of at a time
 _DIRECTORY, _LOCAL = struct.Struct("<16xI8xHHH12x"), struct.Struct("<6xH6xI8xHH")
@@ -55,7 +57,7 @@ def archive_jobs(merging: Merging, part: PickleCheckpoint, file: IO[bytes]) -> I
     if merging.dtype is not None or not is_zip(part.path):
         return None
     with part.path.open("rb") as source:
-        members, directory = read_members(source)
+        members, directory = read_members(source, part.path)
     places = _places(merging, part, members)
     return None if places is None else _jobs(merging, part, file, places, directory)
 
@@ -107,8 +109,23 @@ def _write_checksum(file: IO[bytes], target: PlacedFile, member: _Member) -> Non
         target.write(struct.pack("<I", crc), place)
 
 
-def read_members(file: IO[bytes]) -> tuple[dict[int, _Member], int]:
-    """The members that are not compressed, by where their data begin; and the directory's place."""
+def read_members(file: IO[bytes], path: Path) -> tuple[dict[int, _Member], int]:
+    """The members that are not compressed, by where their data begin; and the directory's place.
+
+    Args:
+        file: the archive.
+        path: the file that it is in, for messages.
+
+    Raises:
+        BrokenFileError: the directory and the members disagree.
+    """
+    try:
+        return _read_members(file)
+    except (zipfile.BadZipFile, struct.error) as error:
+        raise BrokenFileError(path, f"it is a damaged zip archive ({error})") from None
+
+
+def _read_members(file: IO[bytes]) -> tuple[dict[int, _Member], int]:
     found: dict[int, _Member] = {}
     with zipfile.ZipFile(file) as archive:
         infos, place = archive.infolist(), archive.start_dir
@@ -147,21 +164,24 @@ def _places(
     """Where the data of the weights that change are: a name for each, by member and offset."""
     import torch
 
+    names = [name for name in part if name in merging.pieces]
+
+    def load() -> list[Tensor]:
+        content = torch.load(part.path, map_location="meta", weights_only=True)
+        for key in part.nesting:
+            content = content[key]
+        return [content[name] for name in names]
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about sparse and quantized tensors
-        try:  # on the meta device, torch notes where a storage is in the file instead of reading it
-            empty = torch.load(part.path, map_location="meta", weights_only=True)
+        try:
+            starts = data_starts(load)
         except (RuntimeError, NotImplementedError):
             return None  # what it holds is known to no such device: quantized tensors
-    for key in part.nesting:
-        empty = empty[key]
     uses = _uses(part.content)
     found: dict[_Member, dict[int, str]] = {}
-    for name in part:
-        if name not in merging.pieces:
-            continue
-        W, storage = part.state_dict[name], empty[name].untyped_storage()
-        member = members.get(getattr(storage, "_checkpoint_offset", -1))
+    for name, start in zip(names, starts, strict=True):
+        W, member = part.state_dict[name], members.get(start)
         if member is None or not W.is_contiguous() or W.is_conj() or W.is_neg():
             return None
         if member.stop - member.start != W.untyped_storage().nbytes():
@@ -172,6 +192,25 @@ def _places(
             return None
         found.setdefault(member, {})[member.start + W.storage_offset() * W.itemsize] = name
     return found
+
+
+def data_starts(load: Callable[[], Iterable[Tensor]]) -> list[int]:
+    """Where the data of tensors begin in an archive; -1 for those of which torch does not tell.
+
+    Args:
+        load: loads the tensors with torch.load and `map_location="meta"`, which reads no data.
+    """
+
+    def starts() -> list[int | None]:
+        return [getattr(t.untyped_storage(), "_checkpoint_offset", None) for t in load()]
+
+    found = starts()
+    if None in found:  # an older torch notes it in this mode alone, a second's import
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            found = starts()
+    return [-1 if start is None else start for start in found]
 
 
 def _uses(content: Any) -> dict[int, list[Tensor]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import get_args
 
 from lora_param.adapter import Adapter
 from lora_param.checkpoint.baked import BakeReport, notes_of
@@ -52,7 +51,7 @@ from lora_param.checkpoint.unpacking import (
     write_quantized_directory,
     write_quantized_file,
 )
-from lora_param.errors import OptionError, QuantizationLossError, UnchangedError
+from lora_param.errors import OptionError, QuantizationLossError, UnchangedError, worded
 from lora_param.files.journal import Journal
 from lora_param.files.locks import State
 from lora_param.files.placed import open_placed
@@ -90,8 +89,6 @@ def bake_adapters(
     limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     if not adapters:
         raise OptionError("adapters", [], "at least one adapter")
-    if options.quantized not in (None, *get_args(Form)):
-        raise OptionError("quantized (--as)", options.quantized, ", ".join(get_args(Form)))
     with (
         held(base) if options.in_place else nullcontext() as state,
         closing(open_checkpoint(base, options.key)) as checkpoint,
@@ -154,9 +151,10 @@ def _form(checkpoint: Checkpoint, options: BakeOptions) -> Form | None:
     if isinstance(checkpoint, QuantizedCheckpoint):
         only_refused = checkpoint.refused and not checkpoint.packed
         return options.quantized or ("same" if only_refused else "dense")
-    for name, value in (("quantized (--as)", options.quantized), ("original", options.original)):
+    given = (("quantized", "--as", options.quantized), ("original", "--original", options.original))
+    for name, flag, value in given:
         if value is not None:
-            raise OptionError(name, str(value), "None: the base is not quantized")
+            raise OptionError(worded(name, flag), str(value), "none: the base is not quantized")
     return None
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from lora_param.checkpoint.archive import read_members
+from lora_param.checkpoint.archive import data_starts, read_members
 from lora_param.checkpoint.distributed import DistributedCheckpoint, reading
 from lora_param.checkpoint.jobs import Job, Progress, followed, run_jobs
 from lora_param.checkpoint.merging import Merging
@@ -99,9 +99,10 @@ def _with_values(item: bytes, values: Tensor, path: Path, chunk: Chunk) -> bytes
     tensor.copy_(values)  # whatever its strides are
     storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     data = tensor_bytes(storage)
-    members, _ = read_members(io.BytesIO(item))
-    empty = torch.load(io.BytesIO(item), map_location="meta", weights_only=True)
-    member = members.get(getattr(empty.untyped_storage(), "_checkpoint_offset", -1))
+    members, _ = read_members(io.BytesIO(item), path)
+    load = partial(torch.load, map_location="meta", weights_only=True)
+    (start,) = data_starts(lambda: [load(io.BytesIO(item))])
+    member = members.get(start)
     if member is None or member.stop - member.start != len(data):
         raise BrokenFileError(path / chunk.file, "a tensor in it is not as torch.save writes it")
     patched = bytearray(item)

@@ -10,7 +10,7 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lora_param.adapter import Adapter, AdapterTarget, is_dead
+from lora_param.adapter import Adapter, is_dead
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.measures import (
     BakedTarget,
@@ -20,10 +20,11 @@ from lora_param.checkpoint.measures import (
     measure,
     overflows,
 )
+from lora_param.checkpoint.pieces import Block, Piece
 from lora_param.errors import NonFiniteError
 from lora_param.files.journal import Journal
 from lora_param.targets.regions import WHOLE, Region
-from lora_param.weight.blocks import BLOCK, Index, blocks_of, flat_range
+from lora_param.weight.blocks import BLOCK, blocks_of, flat_range
 
 if TYPE_CHECKING:
     import torch
@@ -31,71 +32,12 @@ if TYPE_CHECKING:
 
     from lora_param.weight.update import Deferred, Update
 
-__all__ = ["Block", "Merging", "Noted", "Piece"]
+__all__ = ["Merging", "Noted"]
 
 Noted = tuple[int, str, Measures]
 """The number of an adapter, the key of a target, and measures of some blocks: plain data."""
 
 _EVERY = 8  # blocks, of which one is measured
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One enabled target of one adapter, with the weight it is given."""
-
-    adapter: Adapter
-    key: str
-    weight: float
-
-    @property
-    def target(self) -> AdapterTarget:
-        """What the adapter says of it."""
-        return self.adapter.targets[self.key]
-
-    @property
-    def region(self) -> Region:
-        """The part of the weight that it adds to."""
-        return self.target.target.region
-
-    def factors(self) -> dict[str, Tensor]:
-        """Its tensors, on the CPU."""
-        return {n: t.detach().cpu() for n, t in self.adapter.factors(self.key).items()}
-
-    def update(self, dtype: torch.dtype) -> Update | Deferred:
-        """The update as a live model makes it, its tensors read, and cast to the merge's dtype."""
-        from lora_param.weight.update import fold_initial, make_update
-        from lora_param.weight.variants import variant_of
-
-        t, tensors = self.target, fold_initial(self.factors())
-        wide = {n: x.to(dtype).contiguous() for n, x in tensors.items()}
-        variant = variant_of(t.settings)
-        return make_update(variant, wide, t.scale, t.strength * self.weight, self.region)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Some elements of an entry that follow each other, and what is added to them.
-
-    Attributes:
-        start, stop: the elements, in C order.
-        pieces: whose updates they take; none for what is cast or copied.
-        region: the one region of all the pieces; None where they take the whole of the entry,
-            each by a region of its own.
-        index: the block in the region, seen as a matrix or a stack.
-        is_sampled: norms are measured over it also where they are estimated.
-    """
-
-    start: int
-    stop: int
-    pieces: tuple[Piece, ...] = ()
-    region: Region | None = None
-    index: Index = ()
-    is_sampled: bool = True
-
-    @property
-    def is_changed(self) -> bool:
-        """Something is added."""
-        return bool(self.pieces)
 
 
 @dataclass

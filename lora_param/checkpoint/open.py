@@ -13,7 +13,13 @@ from lora_param.checkpoint.pickle import SUFFIXES, PickleCheckpoint
 from lora_param.checkpoint.quantized.logical import logical
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
-from lora_param.errors import BrokenFileError, MissingFileError, OptionError, UnknownFileError
+from lora_param.errors import (
+    BrokenFileError,
+    MissingFileError,
+    OptionError,
+    UnknownFileError,
+    worded,
+)
 from lora_param.files.distributed import METADATA
 from lora_param.files.gguf import MAGIC
 from lora_param.files.header import TORCH_SAVE
@@ -75,7 +81,8 @@ def _open_stored(path: str | os.PathLike[str], key: str | None) -> Checkpoint:
 
 def _without_key(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
     if key:
-        raise OptionError(f"key (--key) for {checkpoint.path}", key, "none: nothing is nested here")
+        option = f"{worded('key', '--key')} for {checkpoint.path}"
+        raise OptionError(option, key, "none: nothing is nested here")
     return checkpoint
 
 

@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from lora_param.checkpoint.unpacking import Form
-from lora_param.errors import OptionError
+from lora_param.errors import OptionError, worded
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,9 @@ class BakeOptions:
             dense.
         original: the checkpoint that a quantized base was made of, to measure how far it is.
         resume: go on with a bake of the same base, adapters and settings that was killed.
+
+    Raises:
+        OptionError: a value outside what is accepted.
     """
 
     dtype: torch.dtype | str | None = None
@@ -80,6 +83,14 @@ class BakeOptions:
     original: PathText | None = None
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        parse_dtype(self.dtype)
+        if self.max_shard_size is not None:
+            parse_size(self.max_shard_size)
+        if self.quantized not in (None, *get_args(Form)):
+            option = worded("quantized", "--as")
+            raise OptionError(option, self.quantized, ", ".join(get_args(Form)))
+
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A floating dtype from torch's or a short name of it.
@@ -87,10 +98,10 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     Raises:
         OptionError: it is none that a whole checkpoint can be stored in.
     """
-    import torch
-
     if dtype is None:
         return None
+    import torch
+
     name = _DTYPES.get(str(dtype).removeprefix("torch."))
     if name is None:
         raise OptionError("dtype", str(dtype), ", ".join(_DTYPES))

@@ -9,7 +9,7 @@ from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.measures import BakedTarget
 from lora_param.checkpoint.merging import Merging
 from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
-from lora_param.errors import OptionError, listed
+from lora_param.errors import OptionError, listed, worded
 
 __all__ = ["advice", "quantization_errors"]
 
@@ -29,7 +29,7 @@ def quantization_errors(
     names = dict.fromkeys(p.target.target.name for p in targets.values())
     if wrong := [n for n in names if shapes.get(n) != base.packed[n].shape]:
         meant = f"a checkpoint that holds {listed(wrong)} of the same shape"
-        raise OptionError("original (--original)", str(original.path), meant)
+        raise OptionError(worded("original", "--original"), str(original.path), meant)
     found: dict[str, float] = {}
     for key, piece in targets.items():
         name, index = piece.target.target.name, piece.region.index

@@ -16,7 +16,7 @@ from lora_param.checkpoint.pickle import SUFFIXES
 from lora_param.checkpoint.quantized.logical import QuantizedCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
-from lora_param.errors import FileError, OptionError, OutputError
+from lora_param.errors import FileError, OptionError, OutputError, worded
 from lora_param.files.locks import State, locked
 from lora_param.files.writer import check_output
 
@@ -43,13 +43,16 @@ def place_of(checkpoint: Checkpoint, base: PathText, out: PathText | None, in_pl
     own = checkpoint.path
     if out is None:
         if not in_place:
-            raise OptionError("out", None, "a path, or in_place=True (--in-place)")
+            raise OptionError("out", None, f"a path, or {worded('in_place=True', '--in-place')}")
         return own
     same = os.path.realpath(out) in (os.path.realpath(own), os.path.realpath(base))
     if same and not in_place:
-        raise OutputError(out, "it is the input; give another path, or in_place=True (--in-place)")
+        instead = worded("in_place=True", "--in-place")
+        raise OutputError(out, f"it is the input; give another path, or {instead}")
     if in_place and not same:
-        raise OptionError("out", str(out), "nothing but the input, with in_place=True")
+        raise OptionError(
+            "out", str(out), f"nothing but the input, with {worded('in_place=True', '--in-place')}"
+        )
     return own if in_place else Path(out)
 
 

@@ -11,7 +11,8 @@ from lora_param.adapter import Adapter, AdapterTarget
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.measures import is_finite
-from lora_param.checkpoint.merging import Merging, Piece
+from lora_param.checkpoint.merging import Merging
+from lora_param.checkpoint.pieces import Piece
 from lora_param.errors import NonFiniteError, OptionError
 from lora_param.files.safetensors import tensor_bytes
 

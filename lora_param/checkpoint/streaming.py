@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.jobs import Job
 from lora_param.checkpoint.measures import Measures
-from lora_param.checkpoint.merging import Block, Merging, Noted
+from lora_param.checkpoint.merging import Merging, Noted
+from lora_param.checkpoint.pieces import Block
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.files.header import DTYPES, Entry
 from lora_param.files.placed import PlacedFile

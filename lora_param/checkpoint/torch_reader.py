@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lora_param.checkpoint.pickle import check_archive
+from lora_param.checkpoint.unpickling import check_archive
 from lora_param.errors import BrokenFileError
 from lora_param.files.distributed import StoredTensor
 from lora_param.files.header import TORCH_SAVE

@@ -30,7 +30,7 @@ from lora_param.checkpoint.streaming import (
     name_of,
     stored_name,
 )
-from lora_param.errors import OptionError, OutputError
+from lora_param.errors import OptionError, OutputError, worded
 from lora_param.files.header import Entry
 from lora_param.files.placed import PlacedFile, open_placed
 from lora_param.files.safetensors import entry_size, place_entries, tensor_bytes
@@ -68,9 +68,11 @@ def check_form(merging: Merging, base: QuantizedCheckpoint, form: Form) -> None:
     fixed = {w.kind for w in touched if w.encode is None} if form == "same" else set()
     if fixed:
         can = "dense: this format can be read, not written"
-        raise OptionError(f"quantized (--as) for {', '.join(sorted(fixed))}", form, can)
+        option = f"{worded('quantized', '--as')} for {', '.join(sorted(fixed))}"
+        raise OptionError(option, form, can)
     if form == "same" and merging.dtype is not None:
-        raise OptionError("dtype (--dtype)", str(merging.dtype), "None with quantized='same'")
+        same = worded("quantized='same'", "--as same")
+        raise OptionError(worded("dtype", "--dtype"), str(merging.dtype), f"none with {same}")
 
 
 def write_quantized_file(

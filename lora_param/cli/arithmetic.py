@@ -9,9 +9,21 @@ from typing import Annotated, Any
 import typer
 
 import lora_param as lp
-from lora_param.cli.options import AdapterFile, AnyBase, Force, Json, Key, NoSync, Targets, weighted
+from lora_param.arithmetic.combine import check_options
+from lora_param.cli.options import (
+    AdapterFile,
+    AnyBase,
+    Force,
+    Html,
+    Json,
+    Key,
+    NoSync,
+    Targets,
+    weighted,
+)
 from lora_param.cli.terminal import progress_bar, show, show_json
 from lora_param.files.writer import check_output
+from lora_param.report.page.rendering import check_page
 
 __all__ = ["COMMANDS"]
 
@@ -96,8 +108,9 @@ def combine(
         int | None, typer.Option("-r", "--rank", help="Compress the result to this rank.")
     ] = None,
     density: Annotated[
-        float, typer.Option(help="Of ties, dare and core-space: the share that stays.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Of ties, dare and core-space: the share that stays. Default: 0.5."),
+    ] = None,
     name: Annotated[str, typer.Option(help="The adapter's name.")] = "default",
     seed: Annotated[int, typer.Option(help="Of dare's draws.")] = 0,
     force: Force = False,
@@ -108,6 +121,7 @@ def combine(
 
     Example: lora-param combine a.safetensors=0.7 b.safetensors=0.3 -o c.safetensors
     """
+    check_options(method, rank, density)
     check_output(output, force=force)
     pairs = [weighted(text) for text in adapters]
     rows: list[Any] = []
@@ -173,8 +187,10 @@ def diff(
             metavar="[ADAPTER]", help="Is A what baking ADAPTER into B gives?", show_default=False
         ),
     ] = None,
+    html: Html = None,
     key: Key = None,
     ignore_fingerprint: AnyBase = False,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Say what differs between two adapters, two checkpoints, or a merged file and its parts.
@@ -183,14 +199,19 @@ def diff(
 
     Example: lora-param diff merged.safetensors base.safetensors adapter.safetensors
     """
+    if html is not None:
+        check_page(html, force=force)
     with progress_bar("Comparing", quiet=json) as progress:
         found = lp.diff(
             a, b, adapter, key=key, check_fingerprint=not ignore_fingerprint, progress=progress
         )
+    if html is not None:
+        found.write_html(html, force=force)
+    written = {} if html is None else {"html": str(html)}
     if json:
-        show_json(found.to_dict())
+        show_json({**found.to_dict(), **written})
     else:
-        show(found)
+        show(found, *(f"Wrote {page}." for page in written.values()))
     if not found.same:
         raise typer.Exit(3)
 

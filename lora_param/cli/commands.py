@@ -1,4 +1,8 @@
-"""The commands. Each is one library call; what it takes and prints is decided here."""
+"""The commands. Each is one library call; what it takes and prints is decided here.
+
+It is one file, however long: most of a command is its options, and the list of commands is the
+contract.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from lora_param.cli.options import (
     Alpha,
     AnyBase,
     Force,
+    Html,
     Json,
     Key,
     Layout,
@@ -29,6 +34,7 @@ from lora_param.cli.options import (
     weighted,
 )
 from lora_param.cli.terminal import Command, Group, progress_bar, show, show_json
+from lora_param.report.page.rendering import check_page
 from lora_param.targets.settings import SETTINGS
 
 __all__ = ["app"]
@@ -165,10 +171,7 @@ def stats(
     norms: Annotated[
         bool, typer.Option("--norms/--no-norms", help="Measure the updates; reads the weights.")
     ] = True,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
-    ] = None,
+    html: Html = None,
     key: Key = None,
     layout: Layout = None,
     alpha: Alpha = None,
@@ -182,8 +185,6 @@ def stats(
     Example: lora-param stats model.safetensors adapter.safetensors
     """
     if html is not None:
-        from lora_param.report.page.document import check_page
-
         check_page(html, force=force)
     with progress_bar("Measuring", quiet=json) as progress:
         found = lp.stats(
@@ -446,8 +447,8 @@ def check(
 ) -> None:
     """Say what is wrong with an adapter, and what each server will do with it.
 
-    Exits with 0 if it is accepted, with 1 if somebody refuses it, and with 3 if it loads somewhere
-    and computes something else.
+    Exits with 0 if it is accepted, with 1 if a server refuses it, and with 3 if one loads it and
+    computes something else.
 
     Example: lora-param check adapter model --for vllm
     """

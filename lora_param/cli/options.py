@@ -15,6 +15,7 @@ __all__ = [
     "Alpha",
     "AnyBase",
     "Force",
+    "Html",
     "Json",
     "Key",
     "Layout",
@@ -53,6 +54,10 @@ Alpha = Annotated[
 Names = Annotated[
     Path | None,
     typer.Option("--names", metavar="FILE", help="Further rules between names, one line each."),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="PAGE", help="Also write it as one HTML page."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]

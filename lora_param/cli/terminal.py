@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lora_param.errors import InternalError, LoraParamError, escaped
+from lora_param.errors import InternalError, LoraParamError, at_command_line, escaped
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -45,7 +45,7 @@ def run(app: typer.Typer) -> int:
 
     A signal that ends it gives 128 and its number. With --json an error is one JSON document, too.
     """
-    with _stoppable():
+    with at_command_line(), _stoppable():
         status, sentence = _call(app)
     if sentence:
         arguments = sys.argv[1:]

@@ -1,6 +1,8 @@
 """What there is to know of an adapter, as flat facts for the rules.
 
 Headers and configs say nearly all; the values are looked at for zeros and for what is no number.
+
+It is one file, however long: the facts that rules may ask for.
 """
 
 from __future__ import annotations
@@ -9,12 +11,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_param.consumers.contents import PARTS, Contents, Module, read_contents
 from lora_param.errors import BrokenFileError, listed
+from lora_param.formats.kohya import flat_names
+from lora_param.formats.portable import SERVED_RANKS
+from lora_param.names.flat import aliased, flattened
 from lora_param.names.resolve import resolve
 from lora_param.names.table import Names, default_names, names_of
 from lora_param.targets.weights import Weight
@@ -38,7 +43,6 @@ _OTHER_TOOLS = {
     "diffusers": "diffusers",
 }
 _METHODS = ("LOHA", "LOKR", "OFT")  # PEFT's beside LoRA that are read here
-_SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's --max-lora-rank takes
 
 
 def gather(
@@ -202,7 +206,7 @@ def _of_config(source: Contents) -> dict[str, Any]:
         "rslora": rslora,
         "rslora_loss": f"{math.sqrt(rank):.3g}" if rank and rank > 0 else "",
         "max_rank": max_rank,
-        "served_rank": next((r for r in _SERVED if r >= max_rank), max_rank),
+        "served_rank": next((r for r in SERVED_RANKS if r >= max_rank), max_rank),
         "max_scale": float(f"{max(scales, default=0.0):.4g}"),
         "target_parameters": len(parameters),
         "overlapping_patterns": _overlap(patterns, modules),
@@ -265,7 +269,9 @@ def _of_base(
     if base is not None:
         names = names.joined(names_of({"gguf": "llama.cpp"}.get(kind, kind)))
         index = names.index(base)
-        flat = {n.replace(".", "_"): n for n in base}
+        flat: tuple[dict[str, list[str]], ...] = ({},)
+        if kind in ("kohya", "lycoris"):
+            flat = flattened(base), aliased(base, names)
         for name, m in modules.items():
             weight = _weight(kind, name, base, index, flat, names)
             if weight is None:
@@ -280,7 +286,7 @@ def _weight(
     module: str,
     base: Mapping[str, Weight],
     index: Mapping[str, list[str]],
-    flat: Mapping[str, str],
+    flat: Sequence[Mapping[str, list[str]]],
     names: Names,
 ) -> Weight | None:
     """The base's weight behind a module; without a shape where only its place is known."""
@@ -288,8 +294,11 @@ def _weight(
         module = re.sub(r"\[[^\]]*\]$", "", module)
     bare = re.sub(r"(\.base_layer)+$", "", module)
     if kind in ("kohya", "lycoris"):
+        found = [n for f in flat_names(bare) for known in flat for n in known.get(f, ())]
+        if found:
+            return Weight(found[0], ())
         short = re.sub(r"^lora_(unet|te\d?|transformer)_|^lycoris_", "", bare)
-        hit = next((n for f, n in flat.items() if f.removesuffix("_weight").endswith(short)), None)
+        hit = next((n for f, (n, *_) in flat[0].items() if f.endswith(short)), None)
         return None if hit is None else Weight(hit, ())
     for wanted in (bare, f"{bare}.weight", f"{bare}.in_proj_weight"):
         hits = index.get(names.canonical(wanted), [])

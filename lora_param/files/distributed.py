@@ -2,6 +2,8 @@
 
 Its `.metadata` is a pickle. It is read as plain data: each class that torch makes it of stands for
 a record without behaviour, and whatever else a pickle may name is refused before it is touched.
+
+It is one file, however long: what may stand in the pickle, and what is made of it.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from lora_param.formats import (
     portable,
     torchtune,
 )
-from lora_param.formats.base import Format
+from lora_param.formats.base import LAYOUTS, Format
 from lora_param.formats.native import check_adapter_name
 from lora_param.formats.unknown import ACCEPTED, unknown_adapter
 from lora_param.names.table import read_names
@@ -33,6 +33,7 @@ from lora_param.names.table import read_names
 __all__ = [
     "FORMATS",
     "check_adapter_name",
+    "format_named",
     "format_of",
     "is_adapter",
     "read_adapter",
@@ -105,11 +106,14 @@ def read_adapter(
         UnsettledError: the file needs an alpha to be told, and none is given.
         OptionError: something is told that the file says itself.
         NameRuleError: `names` cannot be read.
+        OptionError: `layout` is neither of the two, or the file tells it.
         MissingFileError: there is nothing at this path.
         BrokenFileError: it is damaged, or its tensors and its settings do not agree.
         UnknownFileError: it is no adapter, or one of a format that is not supported.
         NoFormError: it has something that has no form here.
     """
+    if layout not in (None, *LAYOUTS):
+        raise OptionError("layout", layout, ", ".join(LAYOUTS))
     path = Path(path)
     known = format_of(path)
     told = {"alpha": alpha, "enable_lora": enable_lora}
@@ -148,10 +152,19 @@ def write_adapter(
         NoFormError: the adapter has something that has no form in this format.
         UnsettledError: it leaves open what the format has to say; `convert` takes a base.
     """
-    name = native.FORMAT.name if format is None else format
+    chosen = format_named(native.FORMAT.name if format is None else format)
+    chosen.write(adapter, Path(path), force=force, sync=sync)
+
+
+def format_named(name: str) -> Format:
+    """One of `FORMATS`.
+
+    Raises:
+        OptionError: there is none of this name.
+    """
     if name not in FORMATS:
-        raise OptionError("format", format, ", ".join(FORMATS))
-    FORMATS[name].write(adapter, Path(path), force=force, sync=sync)
+        raise OptionError("format", name, ", ".join(FORMATS))
+    return FORMATS[name]
 
 
 def toggle_file(

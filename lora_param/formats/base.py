@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_param.adapter import Adapter
+from lora_param.adapter import Adapter, Layer
 
-__all__ = ["Format", "Read", "Write"]
+__all__ = ["DORA", "LAYOUTS", "PLAIN", "Format", "Read", "Write"]
+
+LAYOUTS = ("out-in", "in-out")
+"""How a base may store square weights."""
+
+PLAIN = ("lora", "miss")
+"""The variants that are exact products of two factors."""
+
+DORA = (*PLAIN, "dora", "dora_columns")
+"""The same, and DoRA of rows or of columns."""
 
 
 class Read(Protocol):
@@ -20,7 +29,7 @@ class Read(Protocol):
 
         Args:
             path: what `recognise` has recognised.
-            layout: "out-in" or "in-out": how square weights are stored, where nothing tells.
+            layout: one of `LAYOUTS`: how square weights are stored, where nothing tells.
             **told: what else the caller says of the file, each of its `takes`.
         """
 
@@ -43,6 +52,9 @@ class Format:
         read: see `Read`. What the file leaves open, the adapter's `settle` settles for a base.
         write: see `Write`. What the format needs to know of the base is in the adapter's
             `weights_at_hand`.
+        layers: the kinds of layer that it has factors for; None where what has none is for `write`
+            to say alone.
+        exact: the variants that it has a form for, where it has `layers`.
         takes: what its files leave open and `read` may be told beside the layout: "alpha",
             "enable_lora".
         unsaid: what a file of this adapter does not say, to be told to whoever wrote it, or "".
@@ -52,5 +64,7 @@ class Format:
     recognise: Callable[[Path], bool]
     read: Callable[..., Adapter]
     write: Write
+    layers: tuple[Layer, ...] | None = None
+    exact: tuple[str, ...] = PLAIN
     takes: tuple[str, ...] = ()
     unsaid: Callable[[Adapter], str] = lambda _: ""

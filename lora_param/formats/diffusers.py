@@ -7,6 +7,8 @@ them `lora.down.weight`, `lora_linear_layer.down.weight`, and a processor's own
 
 The scale is that of `lora_adapter_metadata` (a JSON text in the file's metadata, with the fields of
 a LoraConfig under the part's name); else alpha/rank of `X.alpha`; else 1.
+
+It is one file, however long, as every format is.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_param.adapter import Adapter, Layer
 from lora_param.errors import BrokenFileError, NoFormError, OptionError, OutputError
-from lora_param.formats.base import Format
+from lora_param.formats.base import DORA, Format
 from lora_param.formats.peft.encode import encode_pair
 from lora_param.formats.peft.patterns import exact_alpha, patterns
 from lora_param.formats.peft.reading import Placed
@@ -40,6 +42,7 @@ _PARTS = (
     *("unet", "transformer", "transformer_2", "prior", "controlnet", "connectors"),
     *("text_encoder", "text_encoder_2", "text_encoder_3"),
 )
+_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _METADATA = "lora_adapter_metadata"
 _TAILS = (
     (re.compile(r"\.lora_A\.weight"), "A", "PEFT's"),
@@ -70,8 +73,15 @@ _LANGUAGE = "transformer.h."  # GPT-2 and its like, of which PEFT's prefix was t
 
 
 def _recognise(path: Path) -> bool:
-    names = [n for n in names_in(path) if not n.startswith(_LANGUAGE)]
+    names = [n for n in names_in(_file(path)) if not n.startswith(_LANGUAGE)]
     return any(place is not None and place[2] in "AB" for place in map(_place, names))
+
+
+def _file(path: Path) -> Path:
+    """The file; of a directory, the one that diffusers saves into it."""
+    if not path.is_dir():
+        return path
+    return next((p for n in _NAMES if (p := path / n).is_file()), path)
 
 
 def _place(key: str) -> tuple[str, str, str, str] | None:
@@ -96,7 +106,7 @@ def _module(path: str) -> str:
 def _read(path: Path, *, layout: str | None) -> Adapter:
     if layout is not None:
         raise OptionError("layout", layout, f"nothing for {path}, whose layers tell how W is")
-    file = open_state(path)
+    file = open_state(_file(path))
     modules = _modules(file)
     configs = _configs(file, {m.part for m in modules})
     placed = [_placed(file, m, configs.get(m.part), _has_alpha(modules)) for m in modules]
@@ -323,4 +333,4 @@ def _config(own: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-FORMAT = Format("diffusers", _recognise, _read, _write)
+FORMAT = Format("diffusers", _recognise, _read, _write, LAYERS, DORA)

@@ -4,6 +4,8 @@
 llama.cpp's names; of `token_embd.weight` lora_a is (V, rank). ΔW = alpha/rank·(B @ A), each tensor
 of its own rank, and B @ A where alpha is 0. On a model of transformers the names are found through
 `names/llama.cpp.txt`, and the rows of q and k are put in its order.
+
+It is one file, however long, as every format is.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from lora_param.errors import (
     OptionError,
     OutputError,
     UnsettledError,
+    worded,
 )
 from lora_param.files.gguf import (
     Gguf,
@@ -309,14 +312,14 @@ def _architecture(adapter: Adapter) -> str:
             adapter.source,
             adapter.targets,
             "what kind of model it is for, which llama.cpp's files say",
-            "give the base with its config.json (--base MODEL, base=)",
+            f"give the base with its config.json ({worded('base=', '--base MODEL')})",
         )
     if kind not in _ARCHITECTURES:
         raise NoFormError(
             adapter.source,
             f"weights of a model_type {kind}",
             f"whose names in llama.cpp are not known here ({', '.join(_ARCHITECTURES)} are)",
-            "write PEFT's (--to peft), and convert that with llama.cpp's convert_lora_to_gguf.py",
+            "write PEFT's, and convert that with llama.cpp's convert_lora_to_gguf.py",
         )
     return _ARCHITECTURES[str(kind)][0]
 
@@ -357,4 +360,4 @@ def _alpha(adapter: Adapter) -> float:
     return 0.0
 
 
-FORMAT = Format("gguf", _recognise, _read, _write)
+FORMAT = Format("gguf", _recognise, _read, _write, LAYERS)

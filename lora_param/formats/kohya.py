@@ -5,6 +5,8 @@ which cannot be taken back by itself: the names of the base say what it was. `lo
 (rank, in, k, k), `lora_up.weight` B (out, rank, 1, 1), `alpha` a number (absent or 0: the rank),
 `lora_mid.weight` (rank, rank, k, k) the core of a convolution's Tucker factors, and `dora_scale`
 DoRA's lengths, (out, 1, ...) or (1, in). LyCORIS writes its LoCon so, too, under `lycoris_`.
+
+It is one file, however long, as every format is.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from lora_param.errors import (
     OptionError,
     OutputError,
     UnsettledError,
+    worded,
 )
 from lora_param.files.header import read_header
 from lora_param.files.safetensors import NAMES, SafetensorsFile, StreamEntry, write_safetensors
 from lora_param.files.writer import replace_file
 from lora_param.fingerprint import BaseWeight
-from lora_param.formats.base import Format
+from lora_param.formats.base import DORA, Format
 from lora_param.formats.lycoris_kinds import (
     MAGNITUDE,
     NUMBER,
@@ -44,7 +47,7 @@ from lora_param.formats.lycoris_kinds import (
 from lora_param.formats.peft.encode import Pair, check_whole, is_lora, pair_of
 from lora_param.formats.peft.kinds import kinds_of, split_name
 from lora_param.formats.peft.patterns import exact_alpha
-from lora_param.names.flat import flattened
+from lora_param.names.flat import aliased, flattened
 from lora_param.names.table import default_names
 from lora_param.targets.regions import Target
 from lora_param.targets.settings import Settings
@@ -52,7 +55,7 @@ from lora_param.targets.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "LAYERS", "read_modules", "write_modules"]
+__all__ = ["FORMAT", "LAYERS", "flat_names", "read_modules", "write_modules"]
 
 LAYERS: tuple[Layer, ...] = ("linear", "conv")
 """The kinds of layer that sd-scripts adapts."""
@@ -254,18 +257,26 @@ def _lora(m: Module) -> Part:
     )
 
 
+def flat_names(lora: str) -> list[str]:
+    """What a base's module may be called, flat, that has a lora name."""
+    prefix = _prefix(lora)
+    rest = lora.removeprefix(prefix)
+    starts = [p.replace(".", "_") for p in _COMPONENTS.get(prefix, ())]
+    return [start + rest for start in ("", *starts)]
+
+
 def _resolved(file: SafetensorsFile, modules: list[_Module], host: Host) -> dict[str, str]:
     """Lora name → the base's weight whose name, flattened, it is; exactly one, or an error."""
-    flat, others = flattened(host.weights, host.names or default_names())
+    flat = flattened(host.weights)
+    others: dict[str, list[str]] | None = None  # made where it is needed: it takes a while
     found: dict[str, str] = {}
     lost, unclear = [], []
     for module in modules:
-        prefix = _prefix(module.name)
-        rest = module.name.removeprefix(prefix)
-        starts = [p.replace(".", "_") for p in _COMPONENTS[prefix]]
-        wanted = [start + rest for start in ("", *starts)]
+        wanted = flat_names(module.name)
         hits = [w for n in wanted for w in flat.get(n, [])]
         if not hits:  # under the name that another tool has for it
+            if others is None:
+                others = aliased(host.weights, host.names or default_names())
             hits = list(dict.fromkeys(w for n in wanted for w in others.get(n, [])))
         if len(hits) == 1:
             found[module.name] = hits[0]
@@ -314,7 +325,6 @@ def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, s
             adapter.source,
             adapter.targets,
             "what its base calls its weights",
-            "give the base (--base MODEL, base=)",
         )
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}
@@ -328,15 +338,17 @@ def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, s
                 adapter.source,
                 key,
                 f"of variant {variant}, which {tool} does not have",
-                "give --lossy to approximate it (--rank N)"
-                + ("" if variant in _NEITHER else ", or write it --to lycoris"),
+                f"give {worded('lossy=True', '--lossy')} to approximate it "
+                f"({worded('rank=', '--rank N')})"
+                + ("" if variant in _NEITHER else ", or write it as lycoris"),
             )
         if not linear:
             raise NoFormError(
                 adapter.source,
                 key,
                 f"no factors of a linear layer or a convolution, and {tool} has no others",
-                "bake it (lora-param bake), or give --lossy to leave it out",
+                f"bake it (lora-param bake), or give {worded('lossy=True', '--lossy')} to leave it "
+                f"out",
             )
         of_weight.setdefault(name, []).append(key)
     names = _lora_names(adapter, [_weight_of(n) for n in of_weight])
@@ -503,4 +515,4 @@ def _told(tensors: Mapping[str, Any]) -> dict[str, str]:
     return _METADATA | told | {"ss_network_dim": one(ranks), "ss_network_alpha": one(alphas)}
 
 
-FORMAT = Format("kohya", _recognise, read_modules, _write)
+FORMAT = Format("kohya", _recognise, read_modules, _write, LAYERS, DORA)

@@ -5,6 +5,8 @@ and ΔW = (B @ A)ᵀ. MergedLinear: A has the rows of each enabled block one aft
 rows, each of its own rank; which blocks are enabled is not stored. ConvNd: A (rank·k, in·k), B
 (out·k, rank·k) and ΔW is B @ A seen in W's shape, which is a product of a higher rank.
 Alpha is not stored either.
+
+It is one file, however long, as every format is.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, Host, Layer
-from lora_param.errors import BrokenFileError, NoFormError, OptionError, UnsettledError
+from lora_param.errors import BrokenFileError, NoFormError, OptionError, UnsettledError, worded
 from lora_param.formats.base import Format
 from lora_param.formats.peft.encode import encode_pair, pair_of
 from lora_param.formats.peft.kinds import kinds_of
-from lora_param.formats.peft.reading import IN_FIRST, OUT_FIRST, Placed
+from lora_param.formats.peft.reading import IN_FIRST, OUT_FIRST, Placed, by_layout
 from lora_param.formats.record import (
     common_alpha,
     found_in,
@@ -52,7 +54,8 @@ def _recognise(path: Path) -> bool:
     names = set(names_in(path))
     halves = [n for n in names if n.endswith((_A, _B)) and ".parametrizations." not in n]
     whole = any(f"{n.removesuffix(_A)}.weight" in names for n in halves)  # a model, not an adapter
-    return bool(halves) and not whole
+    ours = any(".weight" in n for n in halves)  # which lost what it says of itself
+    return bool(halves) and not whole and not ours
 
 
 def _read(
@@ -119,8 +122,8 @@ def _settle(file: StateFile, modules: list[str], told: _Options, host: Host | No
             str(file.path),
             unclear,
             f"whether square weights of {host.name} are stored as (out, in) or (in, out)",
-            f"say so with --layout {OUT_FIRST} or --layout {IN_FIRST} (layout=), or give the live "
-            "model (python:...), whose classes tell",
+            f"say so with {by_layout()}, or give the live model "
+            f"({worded('base=model', 'python:...')}), whose classes tell",
         )
     placed += _biases(file)
     settle = partial(_settle, file, modules, told) if host is None else None
@@ -258,7 +261,7 @@ def _blocks(
             str(file.path),
             [module],
             f"which {blocks} of {total // size} blocks of its rows are adapted",
-            "give it as loralib's enable_lora (convert --enable-lora 1,0,1, enable_lora=)",
+            f"give {worded('enable_lora=', '--enable-lora 1,0,1')}, as loralib has it",
         )
     fits = sum(enabled) == blocks and (total is None or len(enabled) * size == total)
     if not fits:
@@ -411,4 +414,12 @@ def _unsaid(adapter: Adapter) -> str:
     return told
 
 
-FORMAT = Format("loralib", _recognise, _read, _write, ("alpha", "enable_lora"), _unsaid)
+FORMAT = Format(
+    "loralib",
+    _recognise,
+    _read,
+    _write,
+    LAYERS,
+    takes=("alpha", "enable_lora"),
+    unsaid=_unsaid,
+)

@@ -175,4 +175,4 @@ def _unsaid(adapter: Adapter) -> str:
     return f"minLoRA's files do not say alpha: read this one with alpha {_alpha(adapter):g}."
 
 
-FORMAT = Format("minlora", _recognise, _read, _write, ("alpha",), _unsaid)
+FORMAT = Format("minlora", _recognise, _read, _write, LAYERS, takes=("alpha",), unsaid=_unsaid)

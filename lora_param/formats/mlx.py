@@ -21,7 +21,7 @@ from lora_param.errors import BrokenFileError, NoFormError, OptionError, OutputE
 from lora_param.files.header import read_header
 from lora_param.files.safetensors import NAMES, StreamEntry, write_safetensors
 from lora_param.files.writer import check_output, replace_directory
-from lora_param.formats.base import Format
+from lora_param.formats.base import DORA, Format
 from lora_param.formats.peft.encode import encode_pair
 from lora_param.formats.peft.reading import Placed
 from lora_param.formats.record import (
@@ -298,4 +298,4 @@ def _config(
     }
 
 
-FORMAT = Format("mlx", _recognise, _read, _write)
+FORMAT = Format("mlx", _recognise, _read, _write, LAYERS, DORA)

@@ -176,6 +176,10 @@ def _unknown(value: Any, known: Iterable[str], needed: Iterable[str], where: str
     for name in unknown:
         if name in needed:
             raise _EssentialError(f"{name!r} in {where} changes what it means, and is not known")
+    try:
+        json.dumps(unknown, allow_nan=False)  # it will be passed on
+    except ValueError:
+        raise _BadConfigError(f"{where} has a number that JSON cannot hold") from None
     return unknown
 
 
@@ -193,9 +197,10 @@ def _check_tensors(adapter: Adapter, header: Header) -> None:
     """Every target has its factors, of the shapes and dtypes that fit, and nothing is left over."""
     left = dict(header.entries)
     for key, t in adapter.targets.items():
-        shapes = t.settings.shapes(t.target.region.matrix(adapter.base[t.target.name].shape))
+        matrix = t.target.region.matrix(adapter.base[t.target.name].shape)
+        shapes = t.settings.shapes(matrix)
         if any(f"{key}.{initial}" in left for initial in INITIAL):
-            shapes |= {initial: shapes[factor] for initial, factor in INITIAL.items()}
+            shapes |= t.settings.initial_shapes(matrix)
         for name, shape in shapes.items():
             entry = left.pop(f"{key}.{name}", None)
             if entry is None:
@@ -267,7 +272,6 @@ def _write(adapter: Adapter, path: Path, *, force: bool, sync: bool) -> None:
             adapter.source,
             adapter.targets,
             "how the base stores its weights",
-            "give the base (--base MODEL, base=)",
         )
     entries: dict[str, StreamEntry] = {}
     for key in adapter.targets:

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_param.adapter import Adapter, AdapterTarget
-from lora_param.errors import NoFormError, UnsettledError
+from lora_param.adapter import Adapter, AdapterTarget, Layer
+from lora_param.errors import NoFormError, UnsettledError, worded
 from lora_param.formats.base import Format
 from lora_param.formats.peft.encode import Pair, pair_of
 from lora_param.formats.peft.kinds import kinds_of
@@ -28,9 +28,9 @@ from lora_param.targets.settings import FROM_WEIGHT, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "SERVED", "portable"]
+__all__ = ["FORMAT", "SERVED_RANKS", "portable"]
 
-SERVED = ("linear", "conv1d")
+SERVED: tuple[Layer, ...] = ("linear", "conv1d")
 """The kinds of layer that servers have factors for."""
 
 SERVED_RANK = 16
@@ -38,10 +38,6 @@ SERVED_RANK = 16
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told."""
-
-_INSTEAD = (
-    "give --lossy to leave it out or to approximate it, or bake it (lora-param bake MODEL ADAPTER)"
-)
 
 
 def portable(adapter: Adapter) -> Adapter:
@@ -55,13 +51,13 @@ def portable(adapter: Adapter) -> Adapter:
     for key, t in adapter.targets.items():
         why = _no_form(adapter, t)
         if why:
-            raise NoFormError(adapter.source, key, why, _INSTEAD)
+            raise NoFormError(adapter.source, key, why, _instead())
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}
     for key, t in adapter.targets.items():
         if kinds[t.target.name] not in SERVED:
             why = f"of a layer of kind {kinds[t.target.name]}, and servers take linear layers alone"
-            raise NoFormError(adapter.source, key, why, _INSTEAD)
+            raise NoFormError(adapter.source, key, why, _instead())
         of_weight.setdefault(t.target.name, []).append(key)
     pairs = {name: pair_of(adapter, keys, kinds[name]) for name, keys in of_weight.items()}
     rank = max(p.rank for p in pairs.values())
@@ -92,9 +88,16 @@ def _settled(adapter: Adapter) -> Adapter:
     ]
     if open_:
         raise UnsettledError(
-            adapter.source, open_, "what its base is like there", "give it (--base MODEL, base=)"
+            adapter.source,
+            open_,
+            "what its base is like there",
         )
     return replace(adapter, settle=None)
+
+
+def _instead() -> str:
+    lossy = worded("lossy=True", "--lossy")
+    return f"give {lossy} to leave it out or to approximate it, or bake it (lora-param bake)"
 
 
 def _no_form(adapter: Adapter, t: AdapterTarget) -> str:
@@ -145,5 +148,5 @@ def _unsaid(adapter: Adapter) -> str:
     )
 
 
-FORMAT = Format("portable", lambda _: False, read_peft, _write, unsaid=_unsaid)
+FORMAT = Format("portable", lambda _: False, read_peft, _write, SERVED, unsaid=_unsaid)
 """No path is recognised as this format: what was written is PEFT's, and is read so."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_param.adapter import Adapter, AdapterTarget, Host, Layer, LazyTensors
-from lora_param.errors import BrokenFileError, MismatchError, NoFormError, UnsettledError
+from lora_param.errors import BrokenFileError, MismatchError, NoFormError, UnsettledError, worded
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats.peft.encode import Pair, pair_of
 from lora_param.formats.peft.kinds import kinds_of
@@ -131,7 +131,7 @@ def needs_alpha(path: Path, names: Iterable[str], tool: str) -> UnsettledError:
         str(path),
         names,
         f"the alpha that they were trained with, which {tool} does not store",
-        "give it (--alpha X, alpha=); the scale is alpha/rank",
+        f"give it ({worded('alpha=', '--alpha X')}); the scale is alpha/rank",
     )
 
 
@@ -176,7 +176,6 @@ def pairs_of(
             adapter.source,
             adapter.targets,
             "how its base stores its weights",
-            "give the base (--base MODEL, base=)",
         )
     kinds = kinds_of(adapter)
     of_weight: dict[str, list[str]] = {}

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_param.checkpoint.pickle import PickleCheckpoint, is_zip
+from lora_param.checkpoint.pickle import PickleCheckpoint
+from lora_param.checkpoint.unpickling import is_zip
 from lora_param.errors import NonFiniteError, OutputError
 from lora_param.files.header import read_header
 from lora_param.files.safetensors import NAMES, SafetensorsFile, StreamEntry, write_safetensors

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, Host, Layer
-from lora_param.errors import BrokenFileError, NoFormError, OptionError, UnsettledError
-from lora_param.formats.base import Format
+from lora_param.errors import BrokenFileError, NoFormError, OptionError, UnsettledError, worded
+from lora_param.formats.base import DORA, Format
 from lora_param.formats.heads import by_neighbours, heads_for, is_named_so, to_halves
 from lora_param.formats.peft.reading import Placed
 from lora_param.formats.record import (
@@ -220,7 +220,8 @@ def _theirs(adapter: Adapter, name: str) -> tuple[str, int | None]:
                 adapter.source,
                 [name],
                 "in which order torchtune has the rows of q and k of such a model",
-                f"give the base with its config (--base MODEL, base=), of {', '.join(_TURNED)}",
+                f"give the base with its config ({worded('base=', '--base MODEL')}), of "
+                f"{', '.join(_TURNED)}",
             )
         if _TURNED[str(kind)]:
             heads = heads_for(names.canonical(name), config, adapter.source, "the base")
@@ -239,4 +240,6 @@ def _unsaid(adapter: Adapter) -> str:
     return f"torchtune's files do not say alpha: read this one with alpha {_alpha(adapter):g}."
 
 
-FORMAT = Format("torchtune", _recognise, _read, _write, ("alpha",), _unsaid)
+FORMAT = Format(
+    "torchtune", _recognise, _read, _write, LAYERS, DORA, takes=("alpha",), unsaid=_unsaid
+)

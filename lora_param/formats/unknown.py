@@ -18,8 +18,9 @@ _FAMILIES = (
 
 ACCEPTED = (
     "an adapter file (.safetensors), as lora-param apply or lora_param.save writes it, a "
-    "directory of PEFT (adapter_config.json and adapter_model.safetensors), or a file of "
-    "sd-scripts or LyCORIS (lora_unet_..., lycoris_...)"
+    "directory of PEFT (adapter_config.json and adapter_model.safetensors), or an adapter of "
+    "sd-scripts or LyCORIS (lora_unet_..., lycoris_...), diffusers, loralib, minLoRA, torchtune, "
+    "mlx-lm or llama.cpp"
 )
 
 

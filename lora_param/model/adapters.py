@@ -223,7 +223,7 @@ def _freeze(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in factors:
             names.add(_base_name(name))
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # a lazy module's takes no method
     setattr(model, _FROZEN, frozenset(names))
 
 
@@ -237,7 +237,7 @@ def _restore_frozen(model: nn.Module) -> None:
     names |= {re.sub(r"\.original\d+$", "", name) for name in names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if _base_name(name) in names:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
 
 
 def _base_name(name: str) -> str:
@@ -264,6 +264,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups with a learning rate `ratio` times as high for B as for the rest.
 
+    B is what leads from the rank to the output: of MiSS, M.
+
     LoRA+, Hayou et al. 2024, https://arxiv.org/abs/2402.12354, §4.
 
     Example:
@@ -274,11 +276,13 @@ def param_groups(
     found = own_sites(sites(model, adapter))
     if not found:
         raise NoAdapterError(adapter, [])
-    named = [item for s in found for item in s.lora.named_parameters()]
-    return [
-        {"params": [p for n, p in named if n != "lora_B"], "lr": lr},
-        {"params": [p for n, p in named if n == "lora_B"], "lr": lr * ratio},
-    ]
+    groups: list[dict[str, Any]] = [{"params": [], "lr": lr}, {"params": [], "lr": lr * ratio}]
+    for site in found:
+        axes = site.lora.settings.axes
+        for name, parameter in site.lora.named_parameters():
+            is_B = {"out", "rank"} == set(axes[name].split())
+            groups[is_B]["params"].append(parameter)
+    return groups
 
 
 def remove(model: Model, adapter: str | None = None) -> Model:

@@ -9,13 +9,8 @@ from torch import nn
 
 from lora_param.errors import DependentUpdateError, NoAdapterError, NonFiniteError
 from lora_param.model.adapters import detach
-from lora_param.model.attach import (
-    Site,
-    chain_of,
-    is_plain_chain,
-    originals_of,
-    replace_original,
-)
+from lora_param.model.attach import Site, replace_original
+from lora_param.model.chains import chain_of, is_plain_chain, originals_of
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import by_weight, refuse_wrapped, sites, unwrapped
 from lora_param.model.state import check_chains, merge_identity, merged_weight

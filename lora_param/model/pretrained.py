@@ -28,13 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_param.errors import NotPretrainedError, ResizeError, RetieError
-from lora_param.model.attach import (
-    Site,
-    chain_of,
-    is_adapted,
-    same_weight,
-    sites_of,
-)
+from lora_param.model.attach import Site, sites_of
+from lora_param.model.chains import chain_of, is_adapted, same_weight
 from lora_param.model.loading import FINGERPRINT, fingerprint_tensor
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import by_weight

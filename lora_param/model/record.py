@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_param.adapter import Adapter, AdapterTarget, Host, check_fit
 from lora_param.errors import DuplicateTargetError, MismatchError, listed
 from lora_param.fingerprint import BaseWeight, hash_sample, tensor_base_weight
-from lora_param.model.attach import chain_of, originals_of
+from lora_param.model.chains import chain_of, originals_of
 from lora_param.model.held import enabled_outside, switch_lora
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import base_tensor, own_sites, owners, sites, unwrapped

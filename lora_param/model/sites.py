@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from lora_param.adapter import check_name
 from lora_param.errors import NoAdapterError, NoMatchError, OptionError, WrappedModelError
-from lora_param.model.attach import Site, base_of, chain_of, sites_of
+from lora_param.model.attach import Site, sites_of
+from lora_param.model.chains import base_of, chain_of
 from lora_param.model.lora import LoRA
+from lora_param.model.weights import as_module
 from lora_param.targets.matching import match_targets
 from lora_param.targets.weights import Weight, canonical_name
 from lora_param.weight.base import logical_shape
@@ -23,7 +25,12 @@ _WRAPPERS = ("DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where DataParallel, DDP or an `AveragedModel` stand around it."""
+    """The model itself, where DataParallel, DDP or an `AveragedModel` stand around it.
+
+    Raises:
+        OptionError: it is not a module.
+    """
+    model = as_module(model)
     while type(model).__name__ in ("DataParallel", "DistributedDataParallel", "AveragedModel"):
         inner = model.module
         assert isinstance(inner, nn.Module)

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_param.errors import ChainError
-from lora_param.model.attach import (
-    Site,
-    chain_of,
-    chain_value,
-    first_order,
-    is_plain_chain,
-    originals_of,
-    others_of,
-)
+from lora_param.model.attach import Site, first_order
+from lora_param.model.chains import chain_of, chain_value, is_plain_chain, originals_of, others_of
 from lora_param.model.lora import LoRA
 from lora_param.model.sites import by_weight, sites, unwrapped
 from lora_param.targets.weights import canonical_name

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from lora_param.errors import OptionError
-from lora_param.model.attach import chain_of, sites_of
 from lora_param.model.cache import keeping
+from lora_param.model.chains import chain_of
 from lora_param.model.held import hold, switch_lora
-from lora_param.model.sites import Patterns, chosen_loras
+from lora_param.model.sites import Patterns, chosen_loras, sites
 
 __all__ = ["cached", "disabled", "set_scale", "switch"]
 
@@ -65,7 +65,11 @@ def set_scale(
         OptionError: the factor is not a finite number.
         NoAdapterError, TargetError: as for `enable`.
     """
-    if not math.isfinite(factor):
+    try:
+        is_finite = math.isfinite(factor)
+    except TypeError:  # no number at all
+        is_finite = False
+    if not is_finite:
         raise OptionError("factor", factor, "a finite number")
     for lora in chosen_loras(model, targets, adapter=adapter):
         lora.configure(lora.settings, float(factor))
@@ -88,5 +92,5 @@ def cached(model: nn.Module) -> Iterator[None]:
         ...     for _ in range(3):
         ...         y = model(torch.ones(1, 8))  # W + ΔW is built once
     """
-    with keeping(chain_of(site.owner, site.tensor) for site in sites_of(model)):
+    with keeping(chain_of(site.owner, site.tensor) for site in sites(model)):
         yield

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_param.errors import OptionError
 from lora_param.targets.weights import Weight, canonical_name
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["buffers_of", "config_of", "weights_of"]
+__all__ = ["as_module", "buffers_of", "config_of", "weights_of"]
+
+
+def as_module(model: object) -> torch.nn.Module:
+    """The model, where it is one.
+
+    Raises:
+        OptionError: it is not a module.
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise OptionError("model", model, "a torch.nn.Module")
+    return model
 
 
 def config_of(model: torch.nn.Module) -> Mapping[str, Any]:
@@ -22,7 +36,7 @@ def config_of(model: torch.nn.Module) -> Mapping[str, Any]:
 
 def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
     """The parameters of a live model under their original names, parametrized ones included."""
-    from lora_param.weight.base import logical_dtype, logical_shape
+    from lora_param.weight.base import logical_dtype
 
     names: dict[int, list[str]] = {}
     found: dict[str, tuple[torch.Tensor, torch.nn.Module]] = {}
@@ -35,7 +49,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, Weight]:
     return {
         name: Weight(
             name,
-            logical_shape(tensor),
+            _shape(tensor),
             str(logical_dtype(tensor)).removeprefix("torch."),
             tuple(
                 c.__name__ for c in type(owner).__mro__ if c.__name__ not in ("Module", "object")
@@ -54,12 +68,21 @@ def buffers_of(model: torch.nn.Module) -> Iterator[Weight]:
     for name, tensor in model.named_buffers(remove_duplicate=False):
         if "parametrizations" not in name.split("."):
             dtype = str(tensor.dtype).removeprefix("torch.")
-            yield Weight(canonical_name(name), tuple(tensor.shape), dtype)
+            yield Weight(canonical_name(name), _shape(tensor), dtype)
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of its numbers; of a lazy module's tensor, which has no shape yet, that of none at all."""
+    from torch.nn.parameter import is_lazy
+
+    from lora_param.weight.base import logical_shape
+
+    return (0,) if is_lazy(tensor) else logical_shape(tensor)
 
 
 def _in_first(owner: torch.nn.Module, tensor: torch.Tensor) -> bool | None:
     """The module's class tells how it stores W; a stack of experts has an attribute for it."""
-    if tensor.dim() == 3 and not hasattr(owner, "kernel_size"):
+    if len(_shape(tensor)) == 3 and not hasattr(owner, "kernel_size"):
         return bool(getattr(owner, "is_transposed", False))
     classes = {c.__name__ for c in type(owner).__mro__}
     if classes & {"Conv1D", "Embedding"}:
@@ -84,7 +107,7 @@ def _packed(tensor: torch.Tensor) -> str:
 
 def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.nn.Module]]:
     """Name, tensor and owner of each parameter; of a parametrized one, the original tensor."""
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in as_module(model).named_modules(remove_duplicate=False):
         if "parametrizations" in path.split("."):
             continue
         own: dict[str, torch.Tensor] = {

@@ -6,39 +6,48 @@ from collections.abc import Iterable
 
 from lora_param.names.table import Names
 
-__all__ = ["flattened"]
+__all__ = ["aliased", "flattened"]
 
 Found = dict[str, list[str]]
 _FUSED = "in_proj_weight"
 
 
-def flattened(base: Iterable[str], names: Names) -> tuple[Found, Found]:
-    """Flat name of a module → the weights that it may be.
+def flattened(base: Iterable[str]) -> Found:
+    """Flat name of a module → the base's weights that have it.
+
+    >>> flattened(["up_blocks.0.conv1.weight", "up_blocks.0.conv1.bias"])
+    {'up_blocks_0_conv1': ['up_blocks.0.conv1.weight']}
+    """
+    found: Found = {}
+    for name in base:
+        if flat := _flat(name):
+            found.setdefault(flat, []).append(name)
+    return found
+
+
+def aliased(base: Iterable[str], names: Names) -> Found:
+    """Flat name of a module, as other tools write it → the base's weights that it may be.
 
     Args:
         base: the base's weights.
         names: the rules.
 
     Returns:
-        What the base's own names give; and what they give as other tools write them, which may be
-        a weight that the base has in parts or as a part: it is named as the rules name it.
+        Also of weights that the base has in parts, or as a part of another: these are named as the
+        rules name them.
 
-    >>> own, others = flattened(["up_blocks.0.resnets.1.conv1.weight"], default_names())
-    >>> list(own), others["output_blocks_1_0_in_layers_2"]
-    (['up_blocks_0_resnets_1_conv1'], ['up_blocks.0.resnets.1.conv1.weight'])
+    >>> found = aliased(["up_blocks.0.resnets.1.conv1.weight"], default_names())
+    >>> found["output_blocks_1_0_in_layers_2"]
+    ['up_blocks.0.resnets.1.conv1.weight']
     """
-    base = list(base)
-    own: Found = {}
-    others: Found = {}
-    for name in base:
-        if flat := _flat(name):
-            own.setdefault(flat, []).append(name)
+    base = [name for name in base if _flat(name)]
+    found: Found = {}
     for name in [*base, *_meant(base, names)]:
         for alias in names.aliases(name):
             flat = _flat(alias)
-            if flat and name not in others.setdefault(flat, []):
-                others[flat].append(name)
-    return own, others
+            if flat and name not in found.setdefault(flat, []):
+                found[flat].append(name)
+    return found
 
 
 def _flat(name: str) -> str:

@@ -1,4 +1,7 @@
-"""The rules of `rules.txt`, read and indexed; a user's own file adds to them."""
+"""The rules of `rules.txt`, read and indexed; a user's own file adds to them.
+
+It is one file: what a line may say, and what is looked up in it.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from lora_param.arithmetic.combine import Compressed
-from lora_param.arithmetic.diff import Diff, Difference
+from lora_param.arithmetic.difference import Diff, Difference
 from lora_param.arithmetic.extract import ExtractReport
 from lora_param.report import figures
 from lora_param.report.collapse import collapse
@@ -79,6 +79,7 @@ def compressed_view(rows: Sequence[Compressed]) -> RenderableType:
 def diff_view(found: Diff) -> RenderableType:
     """Yes, or the list of what differs."""
     head = Text(found.a, "bold").append(" and ", "not bold").append(found.b)
+    notes = [Text(note, "yellow") for note in found.notes]
     noun = "target" if found.kind == "adapters" else "weight"
     if found.same:
         words = "the same, bit for bit"
@@ -87,7 +88,7 @@ def diff_view(found: Diff) -> RenderableType:
         verdict = Text(words, "bold green").append(
             f" ({figures.plural(found.compared, noun)})", "not bold"
         )
-        return View([head, verdict])
+        return View([head, verdict, *notes])
     word = "no: " if found.kind == "baked" else ""
     verdict = Text(f"{word}{figures.plural(len(found.rows), noun)} differ", "bold red")
     verdict.append("s" * (len(found.rows) == 1)).append(
@@ -113,7 +114,7 @@ def diff_view(found: Diff) -> RenderableType:
         return (what, *sizes, figures.count(changed) if changed else "", _ranks(rows))
 
     lines = [Row(g.segments, cells(g.items), len(g.items)) for g in groups]
-    return View([head, verdict, "", TreeTable(columns, lines)])
+    return View([head, verdict, *notes, "", TreeTable(columns, lines)])
 
 
 def _ranks(rows: Sequence[Difference]) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_param.adapter import Adapter, AdapterTarget, is_dead
 from lora_param.report.norms import measure
 from lora_param.report.stats import Stats, TargetRow, WeightRow
+from lora_param.targets.settings import INITIAL
 from lora_param.targets.weights import Weight, count_base
 from lora_param.weight.blocks import BLOCK
 
@@ -93,13 +94,7 @@ def _row(
         if pair is None:
             norm = _norm_without_base(target, factors, region.matrix(base.shape))
         else:
-            norm, rank, spectrum = measure(
-                pair["lora_A"],
-                pair["lora_B"],
-                scale,
-                factors.get("initial_A"),
-                factors.get("initial_B"),
-            )
+            norm, rank, spectrum = measure(*_joined(pair), scale)
     if base_array is not None:
         values = base_array(name)[region.index]
         weight_norm = _norm(values)
@@ -118,7 +113,7 @@ def _row(
         settings.alpha,
         scale,
         target.enabled,
-        sum(t.size for n, t in factors.items() if not n.startswith("initial_")),
+        sum(t.size for n, t in factors.items() if n not in INITIAL),
         dead,
         norm,
         weight_norm,
@@ -127,6 +122,14 @@ def _row(
         spectrum,
         settings.variant,
     )
+
+
+def _joined(factors: Mapping[str, Array]) -> tuple[Array, Array]:
+    """A and B; with an initial pair B @ A - initial_B @ initial_A, as one of twice the rank."""
+    A, B, *initial = (factors[n] for n in (*INITIAL.values(), *INITIAL) if n in factors)
+    if not initial:
+        return A, B
+    return np.concatenate([A, initial[0]], -2), np.concatenate([B, -initial[1]], -1)
 
 
 def _norm(values: Array) -> float:

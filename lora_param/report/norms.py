@@ -14,10 +14,8 @@ def singular_values(
     A: ArrayLike,
     B: ArrayLike,
     scale: float,
-    initial_A: ArrayLike | None = None,
-    initial_B: ArrayLike | None = None,
 ) -> Floats:
-    """Singular values of scale·(B @ A - initial_B @ initial_A), greatest first.
+    """Singular values of scale·(B @ A), greatest first.
 
     With B = Q_B R_B and Aᵀ = Q_A R_A they are those of the small matrix scale·R_B R_Aᵀ.
 
@@ -25,18 +23,16 @@ def singular_values(
         A: factor of shape (rank, in), or (E, rank, in) for a stack.
         B: factor of shape (out, rank), or (E, out, rank) for a stack.
         scale: what multiplies B @ A.
-        initial_A: factor of the pair that is subtracted, of A's shape.
-        initial_B: factor of the pair that is subtracted, of B's shape.
 
     Returns:
-        Shape (k,), or (E, k) for a stack, with k at most the rank (twice the rank where a pair is
-        subtracted). All NaN where a factor holds NaN or infinity.
+        Shape (k,), or (E, k) for a stack, with k at most the rank. All NaN where a factor holds NaN
+        or infinity.
 
     Example:
         >>> singular_values([[3.0, 4.0]], [[1.0], [0.0]], 2.0)
         array([10.])
     """
-    down, up = _joined(A, B, initial_A, initial_B)
+    down, up = np.asarray(A, np.float64), np.asarray(B, np.float64)
     if not (np.isfinite(down).all() and np.isfinite(up).all() and np.isfinite(scale)):
         k = min(up.shape[-2], up.shape[-1], down.shape[-1])
         return np.full((*up.shape[:-2], k), np.nan)
@@ -46,32 +42,19 @@ def singular_values(
     return np.linalg.svd(small, compute_uv=False) * abs(scale)
 
 
-def _joined(
-    A: ArrayLike, B: ArrayLike, initial_A: ArrayLike | None, initial_B: ArrayLike | None
-) -> tuple[Floats, Floats]:
-    """Factors of B @ A - initial_B @ initial_A, as one pair of twice the rank."""
-    down, up = np.asarray(A, np.float64), np.asarray(B, np.float64)
-    if initial_A is not None and initial_B is not None:
-        down = np.concatenate([down, np.asarray(initial_A, np.float64)], -2)
-        up = np.concatenate([up, -np.asarray(initial_B, np.float64)], -1)
-    return down, up
-
-
 def update_norm(
     A: ArrayLike,
     B: ArrayLike,
     scale: float,
-    initial_A: ArrayLike | None = None,
-    initial_B: ArrayLike | None = None,
 ) -> float:
-    """Frobenius norm of scale·(B @ A - initial_B @ initial_A); of a stack, over all of it.
+    """Frobenius norm of scale·(B @ A); of a stack, over all of it.
 
     Takes what `singular_values` takes.
 
     >>> update_norm([[3.0, 4.0]], [[1.0], [0.0]], 2.0)
     10.0
     """
-    return _norm(singular_values(A, B, scale, initial_A, initial_B))
+    return _norm(singular_values(A, B, scale))
 
 
 def effective_rank(values: ArrayLike) -> float:
@@ -101,15 +84,13 @@ def measure(
     A: ArrayLike,
     B: ArrayLike,
     scale: float,
-    initial_A: ArrayLike | None = None,
-    initial_B: ArrayLike | None = None,
 ) -> tuple[float, float, tuple[float, ...]]:
     """`update_norm`, `effective_rank` and singular values of an update, from one decomposition.
 
     Of a stack each singular value is the root of the sum of squares over its matrices, so that the
     norm of the singular values is the update's, as it is for a matrix.
     """
-    values = singular_values(A, B, scale, initial_A, initial_B)
+    values = singular_values(A, B, scale)
     spectrum = np.sqrt((values.reshape(-1, values.shape[-1]) ** 2).sum(0))  # (k,)
     return _norm(values), effective_rank(values), tuple(spectrum.tolist())
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import ClassVar
 
-from lora_param.files.writer import replace_file
 from lora_param.printing import Printed
 from lora_param.report import figures
 
@@ -238,7 +237,6 @@ class Stats(Printed):
             MissingPackageError: Matplotlib is not installed.
             OutputError: the file exists (without force) or is no page, or cannot be written.
         """
-        import_module("lora_param.report.page.document").check_page(path, force=force)
-        text = self.to_html()
-        with replace_file(path, force=force) as file:
-            file.write(text.encode(errors="xmlcharrefreplace"))  # names may hold anything
+        rendering = import_module("lora_param.report.page.rendering")
+        rendering.check_page(path, force=force)
+        rendering.write_page(path, self.to_html(), force=force)

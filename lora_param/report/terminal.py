@@ -7,6 +7,7 @@ layers are one line, what all targets have in common stands above the table inst
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -22,6 +23,7 @@ from lora_param.report.tree import Column, Facts, Row, TreeTable
 from lora_param.report.verdict import verdict_view
 from lora_param.report.verified import verification_view
 from lora_param.targets.plan import LeftOut, PatternCount, Plan, PlannedTarget
+from lora_param.targets.settings import SETTINGS
 
 __all__ = ["bake_view", "plain_text", "plan_view", "share_line", "stats_view", "verdict_view"]
 __all__ += ["compressed_view", "diff_view", "extract_view", "verification_view"]
@@ -152,15 +154,24 @@ def _weight_parts(stats: Stats) -> list[RenderableType]:
 # --- plan -------------------------------------------------------------------------------------
 
 
+_ALWAYS = ("rank", "alpha", "init")  # shown in a plan even at their defaults
+
+
+def _setting(planned: PlannedTarget, name: str) -> str:
+    """A setting of a planned target; nothing for one at its default."""
+    value = getattr(planned.settings, name)
+    if value == SETTINGS[name].default and name not in _ALWAYS:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def plan_view(plan: Plan) -> RenderableType:
     """What `apply` would do: targets, counts of each pattern, what is left out, and the cost."""
+    settings = {name: partial(_setting, name=name) for name in SETTINGS}
     columns: list[tuple[str, Callable[[PlannedTarget], str]]] = [
-        ("variant", lambda t: "" if t.settings.variant == "lora" else t.settings.variant),
-        ("rank", lambda t: str(t.settings.rank)),
-        ("alpha", lambda t: f"{t.settings.alpha:g}"),
+        *((name, settings.pop(name)) for name in ("variant", "rank", "alpha")),
         ("scale", lambda t: f"{t.settings.scale:g}"),
-        ("dropout", lambda t: f"{t.settings.dropout:g}" if t.settings.dropout else ""),
-        ("init", lambda t: t.settings.init),
+        *settings.items(),
         ("dtype", lambda t: t.weight.dtype),
         ("quantized as", lambda t: t.weight.quantized),
     ]
@@ -170,7 +181,8 @@ def plan_view(plan: Plan) -> RenderableType:
         lambda t: str(t.target),
         lambda t: (t.weight.shape, _remarks(t), *(show(t) for _, show in columns)),
     )
-    words = [Column(n, left=n in ("variant", "init", "dtype", "quantized as")) for n, _ in varying]
+    texts = {"dtype", "quantized as", *(n for n, s in SETTINGS.items() if s.kind is str)}
+    words = [Column(n, left=n in texts) for n, _ in varying]
     lines = [
         Row(
             g.segments,

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from lora_param.errors import NoMatchError
-from lora_param.targets.patterns import Pattern, parse_pattern
+from lora_param.targets.patterns import Pattern, parse_patterns
 from lora_param.targets.weights import Weight
 
 __all__ = ["match_targets", "nearest_names"]
@@ -43,8 +43,7 @@ def match_targets(keys: Mapping[str, Weight], patterns: str | Iterable[str] | No
         return list(keys)
     named: set[str] = set()
     away: set[str] = set()
-    for text in [patterns] if isinstance(patterns, str) else patterns:
-        pattern = parse_pattern(text)
+    for pattern in parse_patterns(patterns):
         hit = {
             key
             for key, weight in keys.items()
@@ -56,7 +55,7 @@ def match_targets(keys: Mapping[str, Weight], patterns: str | Iterable[str] | No
         }
         if not hit:
             weights = {w.name: w for w in keys.values()}
-            raise NoMatchError(text, nearest_names(pattern, weights), len(keys))
+            raise NoMatchError(pattern.text, nearest_names(pattern, weights), len(keys))
         (away if pattern.negated else named).update(hit)
     chosen = (named or set(keys)) - away
     return [key for key in keys if key in chosen]

@@ -15,7 +15,7 @@ r"""The target language: text → `Pattern`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -25,7 +25,7 @@ from lora_param.targets.regions import SliceText, parse_slice, split_slice
 from lora_param.targets.settings import SETTINGS
 from lora_param.targets.weights import Weight
 
-__all__ = ["Pattern", "parse_pattern"]
+__all__ = ["Pattern", "parse_pattern", "parse_patterns"]
 
 Kind = Literal["name", "glob", "regex", "type", "all-linear"]
 
@@ -87,6 +87,23 @@ class Pattern:
         if self.kind == "type":
             return weight.unsuitable if self.type_name in weight.classes else ""
         return weight.unsuitable if self.matches(weight) else ""
+
+
+def parse_patterns(patterns: str | Iterable[str], option: str = "targets") -> list[Pattern]:
+    """Read one pattern or several.
+
+    Raises:
+        OptionError: these are no texts; `option` is what they were given as.
+        PatternError: one cannot be read.
+    """
+    texts = (
+        [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else patterns
+    )
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise OptionError(option, text, "a pattern over names of weights, or several")
+    return [parse_pattern(text) for text in texts]
 
 
 @lru_cache(maxsize=1024)

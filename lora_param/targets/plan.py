@@ -17,7 +17,7 @@ from lora_param.errors import (
     TiedWeightsError,
 )
 from lora_param.printing import Printed
-from lora_param.targets.patterns import parse_pattern
+from lora_param.targets.patterns import parse_patterns
 from lora_param.targets.regions import Region, Target
 from lora_param.targets.selection import PatternCount, Selection
 from lora_param.targets.settings import Settings
@@ -29,6 +29,7 @@ __all__ = [
     "PatternCount",
     "Plan",
     "PlannedTarget",
+    "check_tied",
     "make_plan",
 ]
 
@@ -142,6 +143,16 @@ class Plan(Printed):
         return f"<Plan: {len(self.targets)} targets, {share}>"
 
 
+def check_tied(tied: str) -> None:
+    """Refuse what `make_plan` does not take as `tied`.
+
+    Raises:
+        OptionError: it is none of the accepted ones.
+    """
+    if tied not in TIED:
+        raise OptionError("tied", tied, ", ".join(TIED))
+
+
 def make_plan(
     weights: Mapping[str, Sequence[int] | Weight],
     targets: str | Iterable[str],
@@ -168,11 +179,9 @@ def make_plan(
             adapted, a slice that does not fit, overlapping targets, one side of a tie.
         OptionError: a setting outside its accepted values.
     """
-    if tied not in TIED:
-        raise OptionError("tied", tied, ", ".join(TIED))
+    check_tied(tied)
     weights = weights_from(weights)
-    patterns = [parse_pattern(t) for t in ([targets] if isinstance(targets, str) else targets)]
-    excluded = [parse_pattern(t) for t in ([exclude] if isinstance(exclude, str) else exclude)]
+    patterns, excluded = parse_patterns(targets), parse_patterns(exclude, "exclude")
     if not any(not p.negated for p in patterns):
         raise OptionError("targets", [p.text for p in patterns], "at least one pattern without '!'")
 

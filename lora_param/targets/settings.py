@@ -4,6 +4,8 @@ A field of `Settings` declares a setting: its name, type, default and accepted v
 where it may stand. What `apply` and its like take, the command line's options, the settings of
 patterns, the fields of the adapter file and the tables of the docs follow from it. Type checkers
 read `SettingsOptions` below it, which repeats name and type: they cannot see the one in the other.
+
+It is one file, however long: a setting, what it may be and what follows from it.
 """
 
 from __future__ import annotations
@@ -295,11 +297,20 @@ class Settings:
         plain = VARIANTS[self.variant]
         return self.parsed_form.tensors(self.variant, plain) if self.form else dict(plain)
 
+    @property
+    def all_axes(self) -> dict[str, str]:
+        """The same, and the initial pair that may be kept beside them.
+
+        >>> Settings().all_axes["initial_B"]
+        'out rank'
+        """
+        trained = self.axes
+        return trained | {i: trained[f] for i, f in INITIAL.items() if f in trained}
+
     def capped(self, matrix: tuple[int, ...]) -> Settings:
         """What fits a target of shape (out, in), or (E, out, in): a rank of at most min(out, in).
 
-        More would add parameters and nothing else. The scale stays the one that was asked for; it
-        is written down as itself where alpha/rank of this rank rounds to another number.
+        More would add parameters and nothing else. The scale stays the one that was asked for.
 
         >>> Settings(rank=8).capped((2, 16))
         Settings(rank=2, alpha=4.0)
@@ -307,10 +318,18 @@ class Settings:
         limit = min(matrix[-2:])
         if self.rank <= limit:
             return self
-        alpha = self.scale * limit
-        if alpha / limit == self.scale:
-            return replace(self, rank=limit, alpha=alpha, scaling="standard")
-        return replace(self, rank=limit, alpha=self.scale, scaling="constant")
+        return self.at(limit, self.scale)
+
+    def at(self, rank: int, scale: float) -> Settings:
+        """The same with another rank and scale, written as alpha/rank where that does not round.
+
+        >>> Settings().at(4, 0.5)
+        Settings(rank=4, alpha=2.0)
+        """
+        alpha = scale * rank
+        if alpha / rank == scale:
+            return replace(self, rank=rank, alpha=alpha, scaling="standard")
+        return replace(self, rank=rank, alpha=scale, scaling="constant")
 
     def shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of what trains on a target of shape (out, in), or (E, out, in) for a stack.
@@ -334,7 +353,11 @@ class Settings:
 
     def fixed_shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of what is kept beside it and never trains: the initial pair, or nothing."""
-        shapes = self.shapes(matrix) if self.init in FROM_WEIGHT else {}
+        return self.initial_shapes(matrix) if self.init in FROM_WEIGHT else {}
+
+    def initial_shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the initial pair of a variant that may have one."""
+        shapes = self.shapes(matrix)
         return {name: shapes[factor] for name, factor in INITIAL.items() if factor in shapes}
 
 

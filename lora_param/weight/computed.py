@@ -111,7 +111,8 @@ def refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
     """
     name = getattr(func, "__name__", "")
     written: list[Any] = []
-    if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+    in_place = name.endswith("_") and not name.endswith("__")
+    if name in _WRITES or in_place or kwargs.get("inplace"):
         written += _flat(args[0] if args else kwargs.get("tensor", kwargs.get("input")))
     if kwargs.get("out") is not None:
         written += _flat(kwargs["out"])

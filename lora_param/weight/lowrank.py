@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_param.errors import OptionError
+from lora_param.errors import OptionError, worded
 
 __all__ = ["Kept", "LowRank", "factorize", "orthonormal", "reduce_product"]
 
@@ -57,9 +57,8 @@ class Kept:
         given = {n: v for n in ("rank", "energy", "error") if (v := getattr(self, n)) is not None}
         if len(given) != 1:
             found = " and ".join(given) or "nothing"
-            raise OptionError(
-                "what to keep", found, "one of rank, energy and error (-r, --energy, --error)"
-            )
+            three = worded("rank, energy and error", "-r, --energy and --error")
+            raise OptionError("what to keep", found, f"one of {three}")
         if self.rank is not None and self.rank < 1:
             raise OptionError("rank", self.rank, "a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:

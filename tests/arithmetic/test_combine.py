@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import lora_param as lp
 from lora_param.adapter import Adapter
-from lora_param.arithmetic.combine import METHODS, Compressed, combine, resize
+from lora_param.arithmetic.combine import METHODS, Compressed, combine
+from lora_param.arithmetic.resize import resize
 from lora_param.errors import MismatchError, OptionError, OverlapError, VariantError
 
 
@@ -121,7 +122,7 @@ def test_as_peft_combines(method, weights):
     else:
         model.add_weighted_adapter(["one", "two"], list(weights), "sum", method, **options)
     ours = method.removesuffix("_linear")
-    total = combine([plain["one"], plain["two"]], weights, method=ours, density=density)
+    total = combine([plain["one"], plain["two"]], weights, method=ours, **options)
     expected = layer.get_delta_weight("sum").double()
     assert torch.allclose(deltas(total)["fc.weight"], expected, atol=1e-5)
 
@@ -163,6 +164,8 @@ def test_every_method_gives_an_adapter_that_loads(method, tmp_path):
         (lambda: [made(1)], [float("nan")], {}, OptionError, "finite"),
         (lambda: [made(1)], [1.0], {"method": "mean"}, OptionError, "cat, svd, linear"),
         (lambda: [made(1)], [0.5], {"method": "ties", "density": 0.0}, OptionError, "density"),
+        (lambda: [made(1)], [0.5], {"density": 0.3}, OptionError, "none with cat; ties, dare"),
+        (lambda: [made(1)], [0.5], {"method": "svd", "density": 0.5}, OptionError, "none with svd"),
         (lambda: [made(1)], [0.5], {"rank": 0}, OptionError, "rank is 0"),
         (lambda: [made(1), made(2, rank=2)], [1, 1], {"method": "ties"}, OptionError, "its ranks"),
         (lambda: [made(1, ["fc"], variant="dora")], [0.5], {}, VariantError, "fc.weight"),

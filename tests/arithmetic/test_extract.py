@@ -180,6 +180,22 @@ def test_is_this_file_really_base_plus_adapter(files, tmp_path):
         diff(merged, files[1], adapter)
 
 
+def test_a_file_merged_in_another_dtype_is_compared_in_that_dtype_and_it_says_so(files, tmp_path):
+    adapter, merged = tmp_path / "a.safetensors", tmp_path / "merged.safetensors"
+    lp.write_adapter(extract(*files, rank=1).adapter, adapter)
+    lp.bake_checkpoint(files[0], adapter, merged, dtype="bfloat16")
+    found = diff(merged, files[0], adapter)
+    assert found.same
+    (note,) = found.notes
+    assert "6 weights, float32 in the base, are bfloat16 in what was merged" in note
+    assert note in " ".join(str(found).split())
+    lp.bake_checkpoint(files[0], [(adapter, 0.5)], merged, dtype="bfloat16", force=True)
+    wrong = diff(merged, files[0], adapter)
+    changed = {t.target.name for t in lp.read_adapter(adapter).targets.values()}
+    assert {r.name for r in wrong.rows} == changed
+    assert all(r.what == "values" for r in wrong.rows)
+
+
 def test_two_adapters(files, tmp_path):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     lp.write_adapter(extract(*files, rank=2).adapter, a)

@@ -206,7 +206,7 @@ def test_where_it_must_not_go(base, adapter, tmp_path):
         with pytest.raises(OutputError, match=why):
             bake_checkpoint(base, pairs, place, force=True)
     (tmp_path / "there.safetensors").write_bytes(b"x")
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         bake_checkpoint(base, pairs, tmp_path / "there.safetensors")
     source = str(tmp_path / "there.safetensors")
     with pytest.raises(OutputError, match="the adapter"):
@@ -289,7 +289,7 @@ def test_directory_rules(base, adapter, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="would be lost"):
         bake_checkpoint(model, pairs, other, force=True)
     shutil.copytree(model, tmp_path / "out")
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         bake_checkpoint(model, pairs, tmp_path / "out")
     (tmp_path / "out" / "extra").write_text("x")
     report = bake_checkpoint(model, pairs, tmp_path / "out", force=True)

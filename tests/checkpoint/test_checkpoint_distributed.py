@@ -32,7 +32,10 @@ from lora_param.errors import (
 
 RANKS = (1, 2, 4)
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled",
+    "ignore:TypedStorage is deprecated",  # which older torch's own writer uses
+)
 
 
 @pytest.fixture(scope="module")

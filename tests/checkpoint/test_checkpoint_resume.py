@@ -145,7 +145,7 @@ def test_what_is_left_of_another_bake_is_not_used_and_this_is_said(
     elif what == "base":
         next(base.glob("*1-of-00002*")).touch()
     elif what == "start":  # what a crash left may not be on the disk: of another run of the system
-        monkeypatch.setattr("lora_param.files.writer._machine", lambda: ("0" * 6, "1" * 6))
+        monkeypatch.setattr("lora_param.files.temporaries._machine", lambda: ("0" * 6, "1" * 6))
         left = next(tmp_path.glob(".out.*.tmp"))
         left.rename(tmp_path / f".out.{'2' * 6}{'1' * 6}.0123abcd.tmp")
     report = lp.bake_checkpoint(base, adapter, out, resume=True, **options)

@@ -40,7 +40,7 @@ OPTIONS = {
     "--force --no-sync --json",
     "combine": "-o --output --method -r --rank --density --name --seed --force --no-sync --json",
     "resize": "-o --output -r --rank --energy --error --force --no-sync --json",
-    "diff": "--key --ignore-fingerprint --json",
+    "diff": "--html --key --ignore-fingerprint --force --json",
     "demo": "-o --output --seed --json",
 }
 

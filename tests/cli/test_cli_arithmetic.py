@@ -42,6 +42,19 @@ def test_extract_combine_resize_diff(cli: Cli):
     assert "2 weights differ" in done.out
 
 
+def test_diff_writes_a_page_and_refuses_a_place_before_it_compares(cli: Cli):
+    done = cli("diff", "tuned.safetensors", "m.safetensors", "--html", "d.html")
+    assert done.status == 3
+    assert "Wrote d.html." in done.out
+    page = lp.diff("tuned.safetensors", "m.safetensors").to_html()
+    assert Path("d.html").read_text() == page
+    done = cli("diff", "none.safetensors", "m.safetensors", "--html", "d.html")
+    assert done.status == 1
+    assert "d.html" in done.err
+    done = cli("diff", "a.safetensors", "a.safetensors", "--html", "d.html", "--force", "--json")
+    assert json.loads(done.out)["html"] == "d.html"
+
+
 def test_json(cli: Cli):
     done = cli("extract", "m.safetensors", "tuned.safetensors", "-o", "x.safetensors", "--json")
     found = json.loads(done.out)
@@ -61,8 +74,9 @@ def test_json(cli: Cli):
         (["extract", "m.safetensors", "m.safetensors", "-o", "x.safetensors"], "no matrix of"),
         (["extract", "m.safetensors", "tuned.safetensors", "-o", "a.safetensors"], "--force"),
         (["combine", "a.safetensors", "--method", "x", "-o", "c.safetensors"], "cat, svd"),
+        (["combine", "a.safetensors", "--density", "0.3", "-o", "c.safetensors"], "none with cat"),
         (["combine", "a.safetensors", "none.safetensors", "-o", "c.safetensors"], "none"),
-        (["resize", "a.safetensors", "-o", "c.safetensors"], "one of rank, energy and error"),
+        (["resize", "a.safetensors", "-o", "c.safetensors"], "one of -r, --energy and --error"),
         (["diff", "a.safetensors", "m.safetensors"], "MERGED BASE ADAPTER"),
         (["diff", "m.safetensors", "none.safetensors"], "none.safetensors"),
     ],

@@ -446,6 +446,41 @@ def test_toggling_what_is_not_there(refused: Refused) -> None:
 # --- writing ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["apply", "none.safetensors", "--tied", "x"],
+        ["apply", "none.safetensors", "--init", "x"],
+        ["bake", "none.safetensors", "none", "--layout", "x"],
+        ["bake", "none.safetensors", "none", "--dtype", "x"],
+        ["bake", "none.safetensors", "none", "--as", "x"],
+        ["bake", "none.safetensors", "none", "--max-shard-size", "x"],
+        ["convert", "none.safetensors", "--to", "x"],
+        ["convert", "none.safetensors", "--to", "peft", "--layout", "x"],
+        ["combine", "none.safetensors", "--method", "x"],
+    ],
+)
+def test_a_misspelled_value_is_told_before_a_file_is_looked_at(
+    refused: Refused, command: list[str]
+) -> None:
+    Path("old.safetensors").write_text("mine")
+    assert "is 'x'; accepted: " in refused(*command, "-o", "old.safetensors")
+
+
+def test_options_are_called_as_they_are_here_and_as_keywords_in_the_library(
+    refused: Refused,
+) -> None:
+    command = ("combine", "a.safetensors", "-o", "a.safetensors")
+    assert "replace it with --force." in refused(*command)
+    with pytest.raises(lp.UserError, match=r"replace it with force=True\."):
+        lp.write_adapter(lp.read_adapter("a.safetensors"), "a.safetensors", force=False)
+
+
+def test_model_and_adapter_in_the_wrong_order(refused: Refused) -> None:
+    said = refused("stats", "a.safetensors", "m.safetensors")
+    assert "accepted: the model first: m.safetensors a.safetensors." in said
+
+
 def test_an_output_that_exists(refused: Refused, cli: Cli) -> None:
     Path("old.safetensors").write_text("mine")
     apply = ("apply", "m.safetensors", "-t", "fc1", "-r", 2, "-o", "old.safetensors")

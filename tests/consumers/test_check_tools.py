@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import lora_param as lp
 
@@ -52,3 +55,18 @@ def test_diffusers_takes_its_own(name: str) -> None:
     path = TOOLS / name / "pytorch_lora_weights.safetensors"
     assert lp.check(path, consumer=["diffusers"]).worst == "accepted"
     assert lp.check(path, consumer=["vllm"]).worst == "refused"
+
+
+@pytest.mark.parametrize("on", ["first", "diffusers"])
+def test_sd_scripts_names_are_found_under_the_others(on: str, tmp_path: Path) -> None:
+    pairs = json.loads((TOOLS / "sd-names.json").read_text())["sdxl"]
+    tensors = {}
+    for first in pairs:
+        lora = f"lora_unet_{first.replace('.', '_')}"
+        tensors |= {f"{lora}.lora_down.weight": torch.ones(1, 2)}
+        tensors |= {f"{lora}.lora_up.weight": torch.ones(3, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    names = pairs.values() if on == "diffusers" else [f"model.diffusion_model.{n}" for n in pairs]
+    save_file({f"{n}.weight": torch.ones(3, 2) for n in names}, tmp_path / "base.safetensors")
+    found = lp.check(tmp_path / "a.safetensors", tmp_path / "base.safetensors")
+    assert found.worst == "accepted", found.to_dict()

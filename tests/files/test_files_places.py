@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import lora_param as lp
 from lora_param.errors import OutputError
-from lora_param.files import locks, writer
+from lora_param.files import locks, renaming, temporaries, writer
 from lora_param.files.writer import RESULT, replace_directory, replace_file
 from lora_param.formats import toggle_file
 
@@ -68,7 +68,7 @@ def test_20_an_output_that_appears_meanwhile_is_kept_without_force(
     kind, native, tmp_path, monkeypatch
 ):
     if not native:
-        monkeypatch.setattr(writer, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(renaming, "_renameat2", lambda *_: False)
     path = tmp_path / "out"
 
     def overtaken():
@@ -77,7 +77,7 @@ def test_20_an_output_that_appears_meanwhile_is_kept_without_force(
                 (place / "x").write_bytes(b"second")
             write(kind, path, b"first")
 
-    with pytest.raises(OutputError, match=r"out was not written: it exists; .*--force"):
+    with pytest.raises(OutputError, match=r"out was not written: it exists; .*force=True"):
         overtaken()
     assert content_of(path) == b"first"
     assert list(tmp_path.iterdir()) == [path]
@@ -246,13 +246,13 @@ def test_21_what_is_not_ours_for_certain_stays(tmp_path, monkeypatch):
     kept = [
         tmp_path / ".out.0123abcd.tmp",
         tmp_path / f".out.{'0' * 12}.0123abcd.tmp",  # of another machine
-        tmp_path / f".other.{''.join(writer._machine())}.0123abcd.tmp",
-        tmp_path / f".out.{''.join(writer._machine())}.0123abcd.old",
+        tmp_path / f".other.{''.join(temporaries._machine())}.0123abcd.tmp",
+        tmp_path / f".out.{''.join(temporaries._machine())}.0123abcd.old",
     ]
-    ours = tmp_path / f".out.{''.join(writer._machine())}.0123abcd.tmp"
+    ours = tmp_path / f".out.{''.join(temporaries._machine())}.0123abcd.tmp"
     for place in (*kept, ours):
         place.touch()
-    monkeypatch.setattr(writer, "take", lambda *_: None)  # a file system without locks
+    monkeypatch.setattr(temporaries, "take", lambda *_: None)  # a file system without locks
     write("file", path)
     assert set(tmp_path.iterdir()) == {path, ours, *kept}
     monkeypatch.undo()
@@ -264,7 +264,7 @@ def test_21_what_is_not_ours_for_certain_stays(tmp_path, monkeypatch):
 def test_21_one_mark_of_the_machine_is_enough(mark, tmp_path):
     path = tmp_path / "out"
     marks = ["0" * 6, "0" * 6]
-    marks[mark] = writer._machine()[mark]
+    marks[mark] = temporaries._machine()[mark]
     (tmp_path / f".out.{''.join(marks)}.0123abcd.tmp").touch()
     write("file", path)
     assert list(tmp_path.iterdir()) == [path]

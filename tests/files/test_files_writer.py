@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import lora_param.files.writer as writer
 from lora_param.errors import BrokenFileError, OutputError
+from lora_param.files import renaming, writer
 from lora_param.files.writer import copy_range, replace_directory, replace_file
 
 
@@ -127,7 +127,7 @@ def test_a_killed_process_leaves_the_old_output(kind, tmp_path):
 @pytest.mark.parametrize("one_step", [True, False])
 def test_a_directory_is_replaced_whole(one_step, tmp_path, monkeypatch):
     if not one_step:
-        monkeypatch.setattr(writer, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(renaming, "_renameat2", lambda *_: False)
     path = tmp_path / "out"
     path.mkdir(mode=0o750)
     (path / "old").write_bytes(b"old")
@@ -145,12 +145,12 @@ def test_the_exchange_is_one_step_on_linux(tmp_path):
     a.mkdir()
     b.mkdir()
     (a / "1").touch()
-    assert writer._renameat2(a, b, 2)
+    assert renaming._renameat2(a, b, 2)
     assert (b / "1").exists()
 
 
 def test_a_failing_second_rename_is_rolled_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(renaming, "_renameat2", lambda *_: False)
     path = tmp_path / "out"
     path.mkdir()
     (path / "old").write_bytes(b"old")

@@ -142,5 +142,5 @@ def test_a_part_without_a_pipeline_is_told_by_its_names(tmp_path: Path) -> None:
 
 def test_without_the_kind_of_layer_the_base_is_asked_for(tmp_path: Path) -> None:
     lp.apply_checkpoint(base(tmp_path), ["to_q"], tmp_path / "n.safetensors", rank=2)
-    with pytest.raises(UnsettledError, match="--base"):
+    with pytest.raises(UnsettledError, match="base="):
         lp.convert(tmp_path / "n.safetensors", "diffusers", tmp_path / "d.safetensors")

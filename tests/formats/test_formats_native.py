@@ -115,7 +115,7 @@ def test_an_adapter_may_be_written_over_its_own_file(path, adapter):
     before = path.read_bytes()
     write_adapter(read_adapter(path), path)
     assert path.read_bytes() == before
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         write_adapter(adapter, path, force=False)
     with pytest.raises(OptionError, match=r"native, .*peft"):
         write_adapter(adapter, path, "another")

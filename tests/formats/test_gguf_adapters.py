@@ -239,3 +239,42 @@ def test_heads_and_architectures_are_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(NoFormError, match="model_type a_new_one"):
         lp.convert(tmp_path / "v.safetensors", "gguf", tmp_path / "v.gguf", base=directory)
     assert not (tmp_path / "v.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_on_a_live_model_outputs_are_those_of_the_baked_file(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    classes = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    }
+    make, cls = classes[kind]
+    config = make(
+        vocab_size=20,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=False,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    path = theirs(tmp_path / "a.gguf", kind)
+    lp.bake_checkpoint(tmp_path / "base", path, tmp_path / "out")
+    merged = cls.from_pretrained(tmp_path / "out").eval()
+    lp.load(model, path)
+    x = torch.arange(12)[None]
+    with torch.no_grad():
+        wanted = merged(x).logits
+        torch.testing.assert_close(model(x).logits, wanted, rtol=0, atol=2e-5)
+    for name, (A, B) in factors().items():
+        delta = merged.get_parameter(name).detach() - lp.base_state_dict(model)[name]
+        torch.testing.assert_close(delta, 2.5 * (B @ A), rtol=0, atol=2e-6, msg=name)
+    lp.save(model, tmp_path / "again.gguf", format="gguf")  # with the config of the live model
+    one, other = (gguf.GGUFReader(tmp_path / n) for n in ("a.gguf", "again.gguf"))
+    found = {t.name: np.array(t.data) for t in other.tensors}
+    for t in one.tensors:
+        assert np.array_equal(found[t.name], np.array(t.data)), t.name

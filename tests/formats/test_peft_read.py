@@ -123,7 +123,7 @@ def test_the_two_eras_of_a_square_stack_are_told_apart_by_the_version(
     config = json.loads((nameless / "adapter_config.json").read_text())
     del config["peft_version"]
     (nameless / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsettledError, match="--layout"):
+    with pytest.raises(UnsettledError, match=r"layout='out-in' or 'in-out'"):
         loaded(case, nameless)
     wanted = load_file(OLD / case.name / "outputs.safetensors")["outputs"]
     model = loaded(case, nameless, layout="in-out")
@@ -131,13 +131,13 @@ def test_the_two_eras_of_a_square_stack_are_told_apart_by_the_version(
 
 
 def test_a_square_stack_in_a_file_is_asked_for_and_the_older_era_is_not(tmp_path: Path) -> None:
-    """A file does not tell whether the module is transposed; before 0.19.1 PEFT did not ask it."""
+    """A file does not say whether the module is transposed; before 0.19.1 PEFT did not ask it."""
     case = CASES["stacks-6x6-transposed"]
     config = {**case.config, "target_parameters": ["experts.up"]}
     base = tmp_path / "base.pt"
     torch.save(dict(base_of(case).state_dict()), base)
     _, wanted = saved(case, tmp_path / "new", **config)
-    with pytest.raises(UnsettledError, match=r"(?s)experts.up.*--layout out-in"):
+    with pytest.raises(UnsettledError, match=r"(?s)experts.up.*layout='out-in'"):
         lp.bake_checkpoint(base, tmp_path / "new", tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
     old = shutil.copytree(tmp_path / "new", tmp_path / "old")
@@ -193,7 +193,7 @@ def test_a_square_weight_without_classes_follows_the_flag_where_all_else_agrees(
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     config["fan_in_fan_out"] = False  # as PEFT leaves it where the last layer was a Linear
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsettledError, match=r"(?s)attn.c_proj.weight.*--layout out-in"):
+    with pytest.raises(UnsettledError, match=r"(?s)attn.c_proj.weight.*layout='out-in'"):
         lp.bake_checkpoint(tmp_path / "base.pt", tmp_path / "a", tmp_path / "b.pt")
     lp.bake_checkpoint(tmp_path / "base.pt", tmp_path / "a", tmp_path / "b.pt", layout="in-out")
     assert (tmp_path / "b.pt").exists()

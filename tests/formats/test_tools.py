@@ -167,7 +167,7 @@ def test_a_half_alone_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["loralib", "torchtune"])
 def test_alpha_that_is_not_stored_is_asked_for(name: str, tmp_path: Path) -> None:
     path = copied(name, tmp_path)
-    with pytest.raises(UnsettledError, match=r"alpha .* give it \(--alpha X, alpha=\)"):
+    with pytest.raises(UnsettledError, match=r"alpha .* give it \(alpha=\)"):
         lp.read_adapter(path)
     with pytest.raises(UnsettledError, match="alpha"):
         lp.stats(path)
@@ -185,7 +185,7 @@ def test_alpha_that_is_stored_is_not_to_be_given(tmp_path: Path) -> None:
 def test_which_blocks_a_merged_linear_has_is_asked_for(tmp_path: Path) -> None:
     path, base = copied("loralib", tmp_path), base_of("loralib", tmp_path)
     record = lp.read_adapter(path, alpha=3)
-    with pytest.raises(UnsettledError, match=r"which 2 of 3 blocks .*--enable-lora"):
+    with pytest.raises(UnsettledError, match=r"which 2 of 3 blocks .*enable_lora="):
         lp.stats(base, record)
     with pytest.raises(BrokenFileError, match=r"enable_lora=\[True, True, True\]"):
         lp.stats(base, lp.read_adapter(path, alpha=3, enable_lora=(True, True, True)))
@@ -210,7 +210,7 @@ def test_a_square_weight_needs_the_layout(tmp_path: Path) -> None:
     A, B, W = torch.randn(2, 6), torch.randn(6, 2), torch.randn(6, 6)
     torch.save({"fc.lora_A": A, "fc.lora_B": B}, tmp_path / "a.pt")
     save_file({"fc.weight": W}, tmp_path / "base.safetensors")
-    with pytest.raises(UnsettledError, match="--layout"):
+    with pytest.raises(UnsettledError, match="layout='out-in'"):
         lp.stats(tmp_path / "base.safetensors", tmp_path / "a.pt", alpha=4)
     for layout, delta in {"out-in": B @ A, "in-out": (B @ A).T}.items():
         out = tmp_path / f"{layout}.safetensors"

@@ -213,6 +213,9 @@ def test_parameters_and_groups() -> None:
     assert [(len(g["params"]), g["lr"]) for g in groups] == [(2, 1e-3), (2, 4e-3)]
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in lp.parameters(model)}
     torch.optim.AdamW(groups)
+    lp.apply(model, ["2"], rank=2, variant="miss", adapter="miss")
+    slow, fast = (g["params"] for g in lp.param_groups(model, 1e-3, adapter="miss"))
+    assert (slow, fast) == ([], lp.parameters(model, "miss")), "M is B, and A a constant"
     with pytest.raises(NoAdapterError):
         lp.parameters(net())
 

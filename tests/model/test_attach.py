@@ -12,7 +12,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import lora_param as lp
-from lora_param.errors import ComputedWeightError, ModelError, WrappedModelError
+from lora_param.errors import (
+    ComputedWeightError,
+    ModelError,
+    OptionError,
+    UnsuitableWeightError,
+    WrappedModelError,
+)
 
 
 class Double(nn.Module):
@@ -121,6 +127,46 @@ def test_assigning_the_weight_is_refused() -> None:
     model = lp.apply(linear(), ["weight"], rank=2)
     with pytest.raises(ComputedWeightError, match="assigning 'weight'"):
         model.weight = nn.Parameter(torch.zeros(4, 6))
+
+
+def test_deleting_the_weight_is_refused() -> None:
+    model = lp.apply(linear(), ["weight"], rank=2)
+    with pytest.raises(ComputedWeightError, match="deleting 'weight'"):
+        del model.weight
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda _: lp.apply("model", ["0"]), "model is 'model'; accepted: a torch.nn.Module"),
+        (lambda _: lp.apply(None), "model is None"),
+        (lambda _: lp.plan(3), "model is 3"),
+        (lambda _: lp.stats(3), "model is 3"),
+        (lambda _: lp.set_scale("model", 1.0), "model is 'model'"),
+        (lambda _: lp.cached("model").__enter__(), "model is 'model'"),
+        (lambda m: lp.apply(m, 3), "targets is 3; accepted: a pattern"),
+        (lambda m: lp.apply(m, [3]), "targets is 3; accepted: a pattern"),
+        (lambda m: lp.apply(m, exclude=[3]), "exclude is 3; accepted: a pattern"),
+        (lambda m: lp.disable(lp.apply(m), [3]), "targets is 3; accepted: a pattern"),
+        (lambda m: lp.set_scale(lp.apply(m), "x"), "factor is 'x'; accepted: a finite number"),
+        (lambda m: lp.set_scale(lp.apply(m), None), "factor is None"),
+    ],
+)
+def test_values_of_another_kind(call, says) -> None:
+    with pytest.raises(OptionError, match=says):
+        call(linear())
+
+
+def test_a_lazy_module_is_left_alone_until_it_has_weights() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+    with pytest.raises(UnsuitableWeightError, match=r"2\.weight cannot be adapted: it is not yet"):
+        lp.apply(model, ["2"], rank=1)
+    lp.apply(model, rank=1)
+    assert [r.target for r in lp.stats(model).rows] == ["0.weight"]
+    model(torch.ones(2, 6)).sum().backward()
+    assert model[2].weight.grad is None, "it was frozen like the rest"
+    lp.remove(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_wrapped_model_is_refused() -> None:

@@ -48,8 +48,8 @@ def test_two_doras_on_one_weight_are_not_baked_apart(variant: str, strength: flo
     lp.set_scale(model, strength)
     before, state = model(X), {k: v.clone() for k, v in model.state_dict().items()}
     said = (
-        "weight: baking a alone would change what 'b' adds, since the update of dora depends on "
-        "the weight that it stands on"
+        "weight: baking a alone would change what 'b' adds, and so the model's output: an update "
+        "of variant dora depends on the weight that it is added to"
     )
     with pytest.raises(DependentUpdateError, match=re.escape(said)):
         lp.bake(model, "a")

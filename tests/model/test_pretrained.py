@@ -218,7 +218,7 @@ def test_a_checkpoint_resumes_on_its_own_base_alone(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     other = tied_gpt2("together")
     other.transformer.wte.parametrizations.weight.original.data += 0.1
-    with pytest.raises(lp.UserError, match="goes on from another base: the frozen weight of trans"):
+    with pytest.raises(lp.UserError, match="was saved on another base: the frozen weight of trans"):
         other.load_state_dict(dict(state), strict=False)
     more = tied_gpt2("together")
     lp.apply(more, ["c_attn"], rank=2, adapter="second")

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import mixtral, qwen3_moe
 from torch import Tensor
 
 from lora_param.adapter import Adapter, AdapterTarget, Host
@@ -267,23 +268,7 @@ def test_kinds_of_places():
 @pytest.mark.parametrize("what", ["mixtral", "qwen3_moe"])
 def test_memory_and_disk_of_transformers(what, tmp_path):
     """Every adapted stack of a live model finds its place in the file that transformers writes."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    if what == "mixtral":
-        config = transformers.MixtralConfig(**sizes, num_local_experts=3, eos_token_id=1)
-        model = transformers.MixtralForCausalLM(config)
-    else:
-        config = transformers.Qwen3MoeConfig(
-            **sizes, moe_intermediate_size=10, num_experts=3, head_dim=8, num_experts_per_tok=2
-        )
-        model = transformers.Qwen3MoeForCausalLM(config)
+    model = {"mixtral": mixtral, "qwen3_moe": qwen3_moe}[what]()
     live = {n: tuple(p.shape) for n, p in model.named_parameters() if p.dim() > 1}
     adapter = adapter_on(live)
     mine = deltas(adapter, weights(live))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from html.parser import HTMLParser
 from pathlib import Path
 
 import torch
@@ -11,6 +12,38 @@ from safetensors.torch import load_file, save_file
 
 import lora_param as lp
 from lora_param.report.stats import Stats, TargetRow
+
+HOSTILE = (
+    '"><script src=//evil.example/x></script><img onerror=a(1) src=http://evil.example/&amp;.w'
+)
+
+
+class Page(HTMLParser):
+    """What is on a page."""
+
+    VOID = ("meta", "wbr", "br", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(attrs) == len(dict(attrs)), (tag, attrs)
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def row(target: str, **changes: object) -> TargetRow:

@@ -129,7 +129,7 @@ def test_the_heat_maps_show_the_numbers(scheme, shown, layered: Stats) -> None:
     names = check_table(tab, layered)
     cells, labels = tab.run(CELLS), tab.run(LABELS)
     assert len(cells) == len(labels) == 2
-    grid = lay_out(layered.rows)
+    grid = lay_out(layered.rows, lambda r: r.target)
     for drawn, texts, field in zip(cells, labels, ("ratio", "effective_rank"), strict=True):
         assert set(drawn) == set(names.values())
         for (i, j), r in grid.cells.items():

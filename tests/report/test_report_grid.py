@@ -6,7 +6,7 @@ from lora_param.targets.weights import Weight
 
 
 def grid(*names):
-    return lay_out([row(name) for name in names])
+    return lay_out([row(name) for name in names], lambda r: r.target)
 
 
 def test_a_name_is_split_at_its_first_run_of_indices():
@@ -64,10 +64,13 @@ def test_long_and_unprintable_labels():
 
 def test_reading_order():
     names = ["h.0.q", "h.10.q", "h.2.q", "head", "h.2.a"]
-    found = [r.target for r in in_reading_order([row(n) for n in names])]
+    found = [r.target for r in in_reading_order([row(n) for n in names], lambda r: r.target)]
     assert found == ["h.0.q", "h.2.q", "h.2.a", "h.10.q", "head"]
     two = [row("h.1.q", adapter="a"), row("h.0.q", adapter="a"), row("h.0.q", adapter="b")]
-    assert [(r.adapter, r.target) for r in in_reading_order(two)] == [
+    assert [
+        (r.adapter, r.target)
+        for r in in_reading_order(two, lambda r: r.target, lambda r: r.adapter)
+    ] == [
         ("a", "h.0.q"),
         ("a", "h.1.q"),
         ("b", "h.0.q"),

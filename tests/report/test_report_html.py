@@ -6,50 +6,17 @@ import importlib.util
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from html_samples import odd_rows, row, tuned
+from html_samples import HOSTILE, Page, odd_rows, row, tuned
 from safetensors.torch import save_file
 
 import lora_param as lp
 from lora_param.errors import MissingPackageError, OutputError
 from lora_param.report.stats import Stats
-
-HOSTILE = (
-    '"><script src=//evil.example/x></script><img onerror=a(1) src=http://evil.example/&amp;.w'
-)
-
-
-class Page(HTMLParser):
-    """What is on a page."""
-
-    VOID = ("meta", "wbr", "br", "img")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(attrs) == len(dict(attrs)), (tag, attrs)
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def test_it_asks_for_nothing_and_runs_nothing() -> None:

@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import lora_param as lp
 from lora_param.report.norms import effective_rank, measure, singular_values, update_norm
 
 rng = np.random.default_rng(0)
@@ -22,10 +25,16 @@ def test_equals_the_dense_decomposition(lead, rows, rank, columns):
 
 
 def test_an_initial_pair_is_subtracted():
-    A, B = rng.normal(size=(3, 8)), rng.normal(size=(6, 3))
-    A0, B0 = rng.normal(size=(3, 8)), rng.normal(size=(6, 3))
-    assert update_norm(A, B, 2.0, A0, B0) == pytest.approx(np.linalg.norm(2 * (B @ A - B0 @ A0)))
-    assert update_norm(A, B, 2.0, A, B) == pytest.approx(0, abs=1e-12)
+    layer = lp.apply(nn.Linear(8, 6), ["weight"], rank=3, init="pissa")
+    assert lp.stats(layer).rows[0].update_norm == 0
+    base = layer.parametrizations.weight.original
+    with torch.no_grad():
+        for p in lp.parameters(layer):
+            p.normal_()
+        moved = float((layer.weight - base).norm())
+    row = lp.stats(layer).rows[0]
+    assert row.update_norm == pytest.approx(moved, rel=1e-5)
+    assert len(row.singular_values) == 6, "twice the rank"
 
 
 def test_effective_rank_counts_equal_directions():

@@ -64,6 +64,8 @@ def test_the_command_line_the_patterns_the_plan_and_the_file_take_it(copy: Path)
     assert "How warm it is." in shown
     made = ["apply", "base.st", "-t", "a", "-t", "b:warmth=2", "-w", "3", "-r", "2", "--json"]
     plan = json.loads(python(copy, "-m", "lora_param", *made, "-o", "warm.safetensors"))
+    printed = python(copy, "-m", "lora_param", *made[:-1], "--dry-run")
+    assert "warmth" in printed, "the table of the plan has it"
     assert [t["warmth"] for t in plan["targets"]] == [3.0, 2.0]
     with safe_open(copy / "warm.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])

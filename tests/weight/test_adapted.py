@@ -114,6 +114,8 @@ WRITES = {
     "init of data": lambda w: nn.init.normal_(w.data),
     "detach": lambda w: w.detach().fill_(0),
     "detach of data": lambda w: w.data.detach()[1].view(-1).zero_(),
+    "activation in place": lambda w: F.relu(w, inplace=True),
+    "activation of rows in place": lambda w: F.elu(w[0:2], inplace=True),
     "row": lambda w: w[0].zero_(),
     "row setitem": lambda w: w[0].__setitem__(1, 0),
     "rows": lambda w: w[1:3].zero_(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, AdapterTarget, Layer
-from lora_param.errors import NoFormError
+from lora_param.errors import NoFormError, worded
 from lora_param.targets.settings import INITIAL, Settings
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def _check(
     if not is_lora(t.settings):
         raise no(
             f"of variant {variant}, and {tool} has LoRA alone there",
-            "give --lossy to approximate it (--rank N), or bake it (lora-param bake)",
+            f"give {worded('lossy=True', '--lossy')} to approximate it "
+            f"({worded('rank=', '--rank N')}), or bake it (lora-param bake)",
         )
     of_columns = kind in ("conv1d", "embedding")
     if variant in ("dora", "dora_columns"):

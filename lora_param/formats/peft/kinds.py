@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_param.adapter import Adapter, AdapterTarget, Layer
-from lora_param.errors import NoFormError, UnsettledError
+from lora_param.errors import NoFormError, UnsettledError, worded
 from lora_param.targets.weights import Weight, is_embedding_name
 
 __all__ = ["kinds_of", "split_name"]
@@ -42,7 +42,8 @@ def kinds_of(adapter: Adapter) -> dict[str, Layer]:
             adapter.source,
             dict.fromkeys(unknown),
             "what kind of layer has them, which PEFT's keys depend on",
-            "give the base (--base python:package.module:callable tells the classes)",
+            f"give the live model ({worded('base=model', '--base python:module:callable')}), whose "
+            "classes tell",
         )
     return found
 

@@ -5,6 +5,8 @@ the config, of two whole matrices too, and Tucker's core of a 1-d convolution is
 PEFT makes the shapes of LoKr's tensors of its config, so that they have to follow from one.
 `oft_R` rotates the inputs of a layer (see `variants.oft_columns`); on an embedding it rotates what
 comes out of it, the other way round.
+
+It is one file, however long: one entry for each of PEFT's other methods.
 """
 
 from __future__ import annotations

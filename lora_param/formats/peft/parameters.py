@@ -13,10 +13,10 @@ from itertools import permutations
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Layer
-from lora_param.errors import BrokenFileError, UnsettledError
+from lora_param.errors import BrokenFileError, UnsettledError, worded
 from lora_param.formats.peft.config import FLIPPED, ends_in
 from lora_param.formats.peft.keys import LayerKeys
-from lora_param.formats.peft.reading import IN_FIRST, OUT_FIRST, Placed, Reading
+from lora_param.formats.peft.reading import IN_FIRST, Placed, Reading, by_layout
 from lora_param.targets.regions import Region
 from lora_param.targets.weights import Weight
 
@@ -128,9 +128,9 @@ def _order(
         raise UnsettledError(
             str(reading.source.path),
             full,
-            "which of its layers is of which of them, since their shapes are alike",
-            "give the live model (python:...), which has them in order, or where they are not "
-            f"square --layout {OUT_FIRST} or --layout {IN_FIRST} (layout=)",
+            "which of its layers belongs to which weight, since their shapes are alike",
+            f"give the live model ({worded('base=model', 'python:...')}), which has them in order, "
+            f"or where they are not square {by_layout()}",
         )
     return fitting[0]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Adapter, AdapterTarget, Host, LazyTensors
-from lora_param.errors import BrokenFileError, NoFormError, OptionError
+from lora_param.errors import BrokenFileError, NoFormError
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats.peft.aliases import renamed, under_their_names
 from lora_param.formats.peft.keys import Keys, LayerKeys, parse_keys
 from lora_param.formats.peft.layers import place_layer
 from lora_param.formats.peft.parameters import parameters_of, place_parameters
-from lora_param.formats.peft.reading import IN_FIRST, OUT_FIRST, Placed, Reading
+from lora_param.formats.peft.reading import Placed, Reading
 from lora_param.formats.peft.source import Source, open_source
 from lora_param.targets.regions import Region, Target
 from lora_param.targets.settings import Settings
@@ -47,8 +47,6 @@ def read_peft(path: Path, *, layout: str | None = None) -> Adapter:
         UnknownFileError: it is of a method that is not read.
         NoFormError: it has something that has no form here.
     """
-    if layout not in (None, OUT_FIRST, IN_FIRST):
-        raise OptionError("layout", layout, f"{OUT_FIRST}, {IN_FIRST}")
     source = open_source(path)
     keys = parse_keys(source.tensors, str(path))
     return _settle(source, keys, layout, None)

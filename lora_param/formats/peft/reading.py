@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Host, Layer
-from lora_param.errors import BrokenFileError, MismatchError, UnsettledError
+from lora_param.errors import BrokenFileError, MismatchError, UnsettledError, worded
+from lora_param.formats.base import LAYOUTS
 from lora_param.formats.peft.keys import Keys, LayerKeys
 from lora_param.formats.peft.source import Source
 from lora_param.targets.regions import WHOLE, Region, Target
@@ -17,9 +18,16 @@ from lora_param.targets.weights import Weight
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["IN_FIRST", "OUT_FIRST", "Placed", "Reading"]
+__all__ = ["IN_FIRST", "OUT_FIRST", "Placed", "Reading", "by_layout"]
 
-OUT_FIRST, IN_FIRST = "out-in", "in-out"
+OUT_FIRST, IN_FIRST = LAYOUTS
+
+
+def by_layout() -> str:
+    """The option that says how square weights are stored, for messages."""
+    return worded(
+        f"layout={OUT_FIRST!r} or {IN_FIRST!r}", f"--layout {OUT_FIRST} or --layout {IN_FIRST}"
+    )
 
 
 @dataclass
@@ -151,6 +159,6 @@ class Reading:
                 str(self.source.path),
                 self.open,
                 f"whether square weights of {self.host.name} are stored as (out, in) or (in, out)",
-                f"say so with --layout {OUT_FIRST} or --layout {IN_FIRST} (layout=), or give the "
-                "live model (python:...), whose classes tell",
+                f"say so with {by_layout()}, or give the live model "
+                f"({worded('base=model', 'python:...')}), whose classes tell",
             )

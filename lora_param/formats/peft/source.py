@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_param.checkpoint.pickle import load_pickle
+from lora_param.checkpoint.unpickling import load_pickle
 from lora_param.errors import BrokenFileError, listed
 from lora_param.files.header import read_header
 from lora_param.files.safetensors import SafetensorsFile

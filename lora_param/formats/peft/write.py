@@ -3,6 +3,8 @@
 What is written, PEFT loads with every key used and saves again byte for byte: one pair of factors
 for each layer, ranks and alphas by pattern where they differ, copies as `modules_to_save`, biases
 and rows of tokens. What PEFT cannot say is refused by name.
+
+It is one file, however long: the keys and the config of an adapter are made together.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_param.adapter import Adapter, Layer
-from lora_param.errors import NoFormError, NonFiniteError, OutputError, UnsettledError
+from lora_param.errors import NoFormError, NonFiniteError, OutputError, UnsettledError, worded
 from lora_param.files.safetensors import NAMES, StreamEntry, write_safetensors
 from lora_param.files.writer import check_output, replace_directory
 from lora_param.formats.peft.config import PEFT_VERSION
@@ -79,7 +81,6 @@ def write_peft(
             adapter.source,
             adapter.targets,
             "how its base stores its weights",
-            "give the base (--base MODEL, base=)",
         )
     config, tensors = _encode(adapter)
     if leaves:
@@ -250,7 +251,7 @@ def _registered(adapter: Adapter, names: list[str]) -> list[str]:
         adapter.source,
         names,
         "in which order their module has them, which PEFT's keys depend on",
-        "give the base (--base python:package.module:callable tells it)",
+        f"give the live model ({worded('base=model', '--base python:module:callable')})",
     )
 
 

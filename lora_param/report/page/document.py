@@ -7,27 +7,21 @@ the reader's, paper is always light.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from lora_param.errors import MissingPackageError, OutputError
-from lora_param.files.writer import check_output
 from lora_param.report import figures
 from lora_param.report.collapse import collapse
 from lora_param.report.layout import remarks, split_common
 from lora_param.report.page.grid import Grid, in_reading_order, lay_out
+from lora_param.report.page.maps import Cell, Measure, heat_map, wide_columns
+from lora_param.report.page.rendering import render
 from lora_param.report.stats import Stats, TargetRow, WeightRow
 
-__all__ = ["check_page", "page"]
+__all__ = ["page"]
 
-_DOCTYPE = "<!doctype html>"
 _PANELS = 24  # of spectra; more would hide one another
-_WRITTEN = 13  # columns of a heat map with room for numbers
-_MARKS = ("still zero", "disabled", "not finite")
 _FIELDS = (
     ("ratio", "‖ΔW‖/‖W‖"),
     ("effective_rank", "eff. rank"),
@@ -39,64 +33,17 @@ _FIELDS = (
 Write = dict[str, figures.Write]
 
 
-def check_page(path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Find out before anything is measured whether a page can be written.
-
-    Args:
-        path: where it is to go.
-        force: a page that exists may be replaced.
-
-    Raises:
-        MissingPackageError: Matplotlib or Jinja2 is not installed.
-        OutputError: there is a page (without force) or another file, or the directory is missing.
-    """
-    _need_packages()
-    real = check_output(path, force=force)
-    if real.exists():  # a model's or an adapter's name, by mistake: nothing else has a copy of it
-        with real.open("rb") as file:
-            found = file.read(len(_DOCTYPE)).decode("latin-1")
-        if found and found.lower() != _DOCTYPE:
-            raise OutputError(path, "it exists, and is not an HTML page")
-
-
-def _need_packages() -> None:
-    for module, package in (("matplotlib", "matplotlib"), ("jinja2", "Jinja2")):
-        if importlib.util.find_spec(module) is None:
-            raise MissingPackageError("the HTML report", package, "lora_param[report]")
-
-
 def page(stats: Stats) -> str:
     """What is in a model, an adapter, or both, as an HTML document.
 
     Raises:
         MissingPackageError: Matplotlib or Jinja2 is not installed.
     """
-    _need_packages()
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    from lora_param.report.page.drawing import ramps
-
-    def breakable(name: str) -> Markup:
-        """A long name, with places where it may be broken."""
-        text = Markup.escape(name)
-        for mark in "./_":
-            text = text.replace(mark, Markup(f"{mark}<wbr>"))
-        return text
-
-    templates = Environment(
-        loader=PackageLoader("lora_param.report.page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"breakable": breakable, "svg": Markup}
-    templates.globals |= {"figures": figures, "ramps": ramps}
-    rows = in_reading_order(stats.rows)
+    rows = in_reading_order(stats.rows, lambda r: r.target, lambda r: r.adapter)
     measured = [*dict(_FIELDS), "rank"]
     write = {f: figures.aligned(getattr(r, f) for r in rows) for f in measured}
-    return templates.get_template("page.html").render(
+    return render(
+        "page.html",
         stats=stats,
         name=stats.name or stats.source or "LoRA",
         tiles=list(_tiles(stats, write)) if rows or not stats.weights else [],
@@ -164,46 +111,36 @@ def _adapted(weight: WeightRow) -> str:
 # --- drawings ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """What a heat map shows: its values as they are written, and by which of them it colours."""
-
-    title: str
-    name: str
-    about: str
-    field: str
-    ramp: str
-    colour: Callable[[TargetRow], float | None]
-    ticks: tuple[str, str, str] | None = None
+Value = Callable[[TargetRow], float | None]
 
 
 def _share_of_rank(row: TargetRow) -> float | None:
     return None if row.effective_rank is None else min(row.effective_rank / row.rank, 1.0)
 
 
-def _measures(rows: Sequence[TargetRow]) -> Iterator[_Measure]:
+def _measures(rows: Sequence[TargetRow]) -> Iterator[tuple[Measure, str, Value]]:
+    """What is shown, the field that is written, and by what of a target it is coloured."""
     strong = "How strong the updates are"
     if any(r.ratio is not None for r in rows):
         about = "Size of each update beside the weight that it is added to (Frobenius norms)."
-        yield _Measure(strong, "‖ΔW‖/‖W‖", about, "ratio", "heat", lambda r: r.ratio)
+        yield Measure(strong, "‖ΔW‖/‖W‖", about), "ratio", lambda r: r.ratio
     elif any(r.update_norm is not None for r in rows):
         about = (
             "Size of each update (Frobenius norm). Give the model as well to see it beside ‖W‖, "
             "the size of the weight that it is added to."
         )
-        yield _Measure(strong, "‖ΔW‖", about, "update_norm", "heat", lambda r: r.update_norm)
+        yield Measure(strong, "‖ΔW‖", about), "update_norm", lambda r: r.update_norm
     else:
         about = "The updates were not measured: shown is the rank that each target was given."
-        yield _Measure("What is adapted", "rank", about, "rank", "heat", lambda r: float(r.rank))
+        yield Measure("What is adapted", "rank", about), "rank", lambda r: float(r.rank)
     if any(r.effective_rank is not None and r.rank > 1 for r in rows):
         about = (
             "How many directions carry each update (exp of the entropy of its singular values), "
             "coloured as a share of the rank that it was given."
         )
-        yield _Measure(
-            "How many directions they use", "effective rank", about, "effective_rank", "rank",
-            _share_of_rank, ("0 %", "50 % of the rank", "100 %"),
-        )  # fmt: skip
+        ticks = ("0 %", "50 % of the rank", "100 %")
+        measure = Measure("How many directions they use", "effective rank", about, "rank", ticks)
+        yield measure, "effective_rank", _share_of_rank
 
 
 def _drawings(rows: Sequence[TargetRow], write: Write) -> Iterator[dict[str, Any]]:
@@ -214,13 +151,12 @@ def _drawings(rows: Sequence[TargetRow], write: Write) -> Iterator[dict[str, Any
         own = [r for r in rows if r.adapter == adapter]
         here = {r.target: links[adapter, r.target] for r in own}
         said = {here[r.target]: _said(r, write) for r in own}
-        grid = lay_out(own)
+        grid = lay_out(own, lambda r: r.target)
         yield {
             "suffix": f" of adapter {adapter}" if len(adapters) > 1 else "",
             "grid": grid,
-            "every": next(n for n in (1, 2, 5, 10, 20, 50, 10**9) if len(grid.columns) <= 20 * n),
-            "written": len(grid.columns) <= _WRITTEN,
-            "maps": [_map(m, grid, here, said, write) for m in _measures(own)],
+            **wide_columns(len(grid.columns)),
+            "maps": [_map(*m, grid, here, said, write) for m in _measures(own)],
             "spectra": _spectra(grid, here, said),
         }
 
@@ -234,40 +170,30 @@ def _said(row: TargetRow, write: Write) -> str:
 
 
 def _map(
-    measure: _Measure, grid: Grid, links: dict[str, str], said: dict[str, str], write: Write
+    measure: Measure,
+    field: str,
+    value: Value,
+    grid: Grid[TargetRow],
+    links: dict[str, str],
+    said: dict[str, str],
+    write: Write,
 ) -> dict[str, Any]:
-    from lora_param.report.page.drawing import Ramp
-
-    found = {at: measure.colour(target) for at, target in grid.cells.items()}
-    known = [v for v in found.values() if v is not None and math.isfinite(v) and v > 0]
-    ramp = Ramp.over(known) if measure.ticks is None else Ramp.share()
-    text = write[measure.field]
-    cells = {}
-    for at, target in grid.cells.items():
-        value, url = found[at], links[target.target]
-        marks = {w for w in target.words if w != "not finite"}
-        if value is not None and not math.isfinite(value):
-            marks.add("not finite")
-        hollow = value is None or not math.isfinite(value) or value <= 0
-        cells[at] = {
-            "url": url,
-            "said": said[url],
-            "classes": " ".join(w.replace(" ", "-") for w in _MARKS if w in marks),
-            "colour": "" if hollow or value is None else f"{measure.ramp}{ramp.step(value)}",
-            "text": "!" if "not finite" in marks else text(getattr(target, measure.field)),
-            "marks": marks,
-        }
-    used = {mark for cell in cells.values() for mark in cell["marks"]}
-    ticks = measure.ticks or tuple(map(text, ramp.ticks))
-    return {
-        "measure": measure,
-        "cells": cells,
-        "ticks": ticks if known else (),
-        "marks": [w for w in _MARKS if w in used],
+    cells = {
+        at: Cell(
+            url := links[row.target],
+            said[url],
+            value(row),
+            write[field](getattr(row, field)),
+            frozenset(w for w in row.words if w != "not finite"),
+        )
+        for at, row in grid.cells.items()
     }
+    return heat_map(measure, cells, write[field])
 
 
-def _spectra(grid: Grid, links: dict[str, str], said: dict[str, str]) -> dict[str, Any] | None:
+def _spectra(
+    grid: Grid[TargetRow], links: dict[str, str], said: dict[str, str]
+) -> dict[str, Any] | None:
     """A panel for each row of the grid, strongest first where there are too many."""
     from lora_param.report.page.drawing import spectrum, spectrum_floor
 

@@ -1,4 +1,4 @@
-"""Targets laid out as layer × projection, whatever the model calls them.
+"""Targets, or weights, laid out as layer × projection, whatever the model calls them.
 
 A name is split where its first index is: `encoder.layer.3.attention.self.query.weight` is row
 `encoder.layer.*.attention.self.query.weight`, column 3. Indices that follow one another are one
@@ -9,15 +9,16 @@ name is a pattern of the target language.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from lora_param.report.collapse import is_index
-from lora_param.report.stats import TargetRow
 
 __all__ = ["Grid", "Place", "in_reading_order", "lay_out", "place"]
 
 _LONGEST = 34  # characters of a label
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,21 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The targets of one adapter by row and column.
+class Grid(Generic[Item]):
+    """Items, such as the targets of one adapter, by row and column.
 
     Attributes:
         rows: names with `*` for the index, in order of appearance.
         labels: what tells the rows apart, one for each.
         columns: indices in order, a name without one last.
-        cells: row and column number → the target there.
+        cells: row and column number → the item there.
         axis: what the indices count, such as `encoder.layer`; empty where that differs.
     """
 
     rows: tuple[str, ...]
     labels: tuple[str, ...]
     columns: tuple[tuple[int, ...], ...]
-    cells: dict[tuple[int, int], TargetRow]
+    cells: dict[tuple[int, int], Item]
     axis: str
 
     @property
@@ -72,9 +73,9 @@ def place(name: str) -> Place:
     return Place(".".join([*segments[:first], *("*" for _ in column), *segments[last:]]), column)
 
 
-def lay_out(targets: Sequence[TargetRow]) -> Grid:
-    """Targets of one adapter as a grid; their names differ."""
-    places = [place(t.target) for t in targets]
+def lay_out(items: Sequence[Item], name: Callable[[Item], str]) -> Grid[Item]:
+    """Items as a grid; their names differ."""
+    places = [place(name(item)) for item in items]
     rows = tuple(dict.fromkeys(p.row for p in places))
     columns = sorted({p.column for p in places}, key=lambda c: (not c, c))
     row_number = {row: i for i, row in enumerate(rows)}
@@ -85,22 +86,30 @@ def lay_out(targets: Sequence[TargetRow]) -> Grid:
         _labels(rows),
         tuple(columns),
         {
-            (row_number[p.row], column_number[p.column]): target
-            for p, target in zip(places, targets, strict=True)
+            (row_number[p.row], column_number[p.column]): item
+            for p, item in zip(places, items, strict=True)
         },
         _printable(axes.pop()) if len(axes) == 1 else "",
     )
 
 
-def in_reading_order(targets: Sequence[TargetRow]) -> list[TargetRow]:
-    """Adapter by adapter and layer by layer: files have layer 10 before layer 2."""
+def in_reading_order(
+    items: Sequence[Item], name: Callable[[Item], str], group: Callable[[Item], str] = lambda _: ""
+) -> list[Item]:
+    """Group by group and layer by layer: files have layer 10 before layer 2.
+
+    Args:
+        items: to be put in order.
+        name: of an item.
+        group: what it belongs to, such as an adapter.
+    """
     first: dict[tuple[str, str], int] = {}
     keys = []
-    for position, target in enumerate(targets):
-        found = place(target.target)
-        lead = first.setdefault((target.adapter, found.row.partition("*")[0]), position)
+    for position, item in enumerate(items):
+        found = place(name(item))
+        lead = first.setdefault((group(item), found.row.partition("*")[0]), position)
         keys.append((lead, found.column, position))
-    return [targets[position] for *_, position in sorted(keys)]
+    return [items[position] for *_, position in sorted(keys)]
 
 
 def _labels(rows: Sequence[str]) -> tuple[str, ...]:
@@ -117,9 +126,9 @@ def _labels(rows: Sequence[str]) -> tuple[str, ...]:
 
 
 def _shared(lists: Sequence[Sequence[str]]) -> int:
-    """How many items all lists begin with, one of each always left over."""
+    """How many items all lists begin with, one of each always left over; 0 of no lists."""
     number = 0
-    while all(len(items) > number + 1 for items in lists):
+    while lists and all(len(items) > number + 1 for items in lists):
         if len({items[number] for items in lists}) > 1:
             break
         number += 1

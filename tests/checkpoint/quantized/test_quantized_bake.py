@@ -9,6 +9,7 @@ import pytest
 import torch
 from quantized_samples import FP8, folder
 from safetensors.torch import load_file, save_file
+from tiny_models import llama
 
 import lora_param as lp
 from lora_param.adapter import Adapter
@@ -265,17 +266,8 @@ def test_in_place(form: Any, tmp_path: Path) -> None:
 
 def test_transformers_loads_what_was_baked_dense(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).bfloat16()
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 2}
+    model = llama(**sizes, num_hidden_layers=1, dtype="bfloat16").bfloat16()
     base = tmp_path / "base"
     model.save_pretrained(base)
     tensors, data = {}, json.loads((base / "config.json").read_text())
