@@ -126,7 +126,7 @@ def test_a_killed_bake_is_finished_with_the_bits_of_a_whole_one(
     assert report.rows == whole.rows
     assert report.notes[0].startswith("Resumed: ")
     assert not list(tmp_path.glob(".*"))
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         lp.bake_checkpoint(base, adapter, out, resume=True)
 
 

@@ -179,3 +179,10 @@ def test_only_an_adapters_directory_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == first
     with pytest.raises(OutputError, match="exists"):
         lp.convert(lp.get_adapter(model), "peft", tmp_path / "out")
+
+
+def test_a_weight_of_the_model_itself_has_no_form(tmp_path: Path) -> None:
+    model = lp.apply(nn.Linear(4, 5), ["weight"], rank=2)
+    with pytest.raises(NoFormError, match="weight, a weight of the model itself"):
+        lp.save(model, tmp_path / "peft", format="peft")
+    assert not (tmp_path / "peft").exists()

@@ -106,6 +106,13 @@ def _encode(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key, t in adapter.targets.items():
         if t.target.name in kinds and t.settings.variant != "copy":
             of_weight.setdefault(t.target.name, []).append(key)
+    if own := [name for name in of_weight if not split_name(name)[0]]:
+        raise NoFormError(
+            adapter.source,
+            f"factors of {own[0]}",
+            "a weight of the model itself, and PEFT wraps modules inside of it",
+            "put the model into another, such as nn.Sequential(model), or bake it",
+        )
     others = encode_others(adapter, of_weight, kinds)
     if others is not None:
         return _of_others(adapter, others, copies)
