@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lora_param.checkpoint.base import Checkpoint, packed_reason
+from lora_param.checkpoint.base import Checkpoint, packed_reasons
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.errors import BrokenFileError, UnknownFileError, listed
@@ -75,8 +75,9 @@ class DirectoryCheckpoint(Checkpoint):
         for part in self.parts.values():
             weights |= part.weights
         if len(self.parts) > 1:  # a scale may lie in another shard than its weight
-            for name, weight in weights.items():
-                if not weight.packed and (reason := packed_reason(name, weights)):
+            for name, reason in packed_reasons(weights).items():
+                weight = weights[name]
+                if not weight.packed:
                     weights[name] = Weight(
                         name, weight.shape, weight.dtype, tied=weight.tied, packed=reason
                     )
@@ -101,6 +102,10 @@ class DirectoryCheckpoint(Checkpoint):
     def array(self, name: str) -> NDArray[np.float32]:
         """The tensor of this name as a float32 array, for statistics."""
         return self.part_of(name).array(name)
+
+    def flat_blocks(self, name: str, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
+        """Elements of a tensor as float32 arrays, a block at a time."""
+        return self.part_of(name).flat_blocks(name, start, stop)
 
     def base_weight(self, name: str) -> BaseWeight:
         """Fingerprint of one entry."""
@@ -216,8 +221,13 @@ def _check_index(
     home: Mapping[str, str],
     parts: Mapping[str, SafetensorsCheckpoint | PickleCheckpoint],
 ) -> None:
+    listed_in: dict[str, set[str]] = {name: set() for name in parts}
+    for tensor, shard in home.items():
+        listed_in[shard].add(tensor)
     for name, part in parts.items():
-        listed_here = {tensor for tensor, shard in home.items() if shard == name}
+        listed_here = listed_in[name]
+        if listed_here == set(part):
+            continue
         if absent := sorted(listed_here.difference(part)):
             raise BrokenFileError(index, f"it lists {listed(absent)} in {name}, which lacks them")
         if extra := sorted(set(part).difference(listed_here)):

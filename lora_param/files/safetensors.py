@@ -35,6 +35,7 @@ Content = Callable[[], "torch.Tensor | bytes | memoryview"]
 StreamEntry = tuple[str, tuple[int, ...], Content]
 """Dtype (a key of `DTYPES`), shape as the header has it, and what gives the data."""
 
+BLOCK = 1 << 18  # elements that are made float32 at a time
 _RANK = {name: i for i, name in enumerate(DTYPES)}
 _NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
 
@@ -114,13 +115,14 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         if e.start == e.stop:
             return np.empty(0, dtype)
         self.check_unchanged()
-        return np.memmap(
+        mapped = np.memmap(
             self.path,
             dtype,
             mode="r",
             offset=self.header.start + e.start,
             shape=((e.stop - e.start) // size,),
         )
+        return mapped.view(np.ndarray)  # whose slices cost less
 
     def raw(self, name: str) -> bytes:
         """The bytes of a tensor; for small ones that are no numbers."""
@@ -133,12 +135,16 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         entry = self.header.entries[name]
         if entry.dtype not in _NUMPY:
             return np.asarray(self[name].float().numpy())
-        raw = self._raw(name, _NUMPY[entry.dtype])
-        if entry.dtype == "BF16":  # the upper half of a float32
-            values = (raw.astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = raw.astype(np.float32)
-        return np.asarray(values).reshape(entry.shape)
+        return _wide(self._raw(name, _NUMPY[entry.dtype]), entry.dtype).reshape(entry.shape)
+
+    def flat_blocks(self, name: str, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
+        """The elements `start` to `stop` of a tensor, as `array` has them, a block at a time."""
+        entry = self.header.entries[name]
+        if entry.dtype not in _NUMPY:
+            flat = self.array(name).reshape(-1)[start:stop]
+            return (flat[i : i + BLOCK] for i in range(0, len(flat), BLOCK))
+        raw = self._raw(name, _NUMPY[entry.dtype])[start:stop]
+        return (_wide(raw[i : i + BLOCK], entry.dtype) for i in range(0, len(raw), BLOCK))
 
     def base_weight(self, name: str) -> BaseWeight:
         """Fingerprint of one entry; reads no more than the sampled elements."""
@@ -150,6 +156,17 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
     def close(self) -> None:
         """Let go of the mapping; tensors already given out stay valid."""
         self._handle = None
+
+
+def _wide(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored elements as float32."""
+    import numpy as np
+
+    if dtype != "BF16":
+        return np.asarray(raw.astype(np.float32))
+    values = raw.astype(np.uint32)
+    values <<= 16  # the upper half of a float32
+    return np.asarray(values).view(np.float32)
 
 
 def tensor_bytes(content: torch.Tensor | bytes | memoryview) -> bytes | memoryview:
