@@ -393,7 +393,12 @@ def _check_channels(adapter: Adapter, key: str, shape: tuple[int, ...]) -> None:
             columns = adapter.tensors[f"{key}.{name}"].shape[-1]
             if shape[1] % columns:
                 why = f"whose first matrix, of {columns} columns, does not divide {shape[1]} inputs"
-                raise NoFormError(adapter.source, key, why, "train it with another left (--form)")
+                raise NoFormError(
+                    adapter.source,
+                    key,
+                    why,
+                    f"train it with another left ({worded('form=', '--form')})",
+                )
 
 
 def _with_scale(
