@@ -1,4 +1,7 @@
-"""The header of a GGUF file, read and checked without torch, and written with other tensors."""
+"""The header of a GGUF file, read and checked without torch, and written with other tensors.
+
+Reading and writing are one file: together they are what is known of the format.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@
 which answers the same questions (`is_file`, `iterdir`, `open`, ...) over the network and reads the
 ranges that are asked for. What needs a file on this machine asks `fetched`, what writes `writable`.
 
+What is elsewhere, and how it comes here, are one file: nobody else asks where something is.
 fsspec and huggingface_hub are imported when a URL is met, and never before.
 """
 
