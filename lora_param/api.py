@@ -161,6 +161,7 @@ def stats(
             checkpoint.weights,
             [record],
             checkpoint.array if norms else None,
+            checkpoint.flat_blocks,
             source=f"{path} with {record.source}",
             name=_name(path),
             notes=_notes(record),

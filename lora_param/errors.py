@@ -630,6 +630,7 @@ class BrokenFileError(FileError):
 
     def __init__(self, path: object, found: str) -> None:
         super().__init__(f"{path} cannot be read: {found}.")
+        self.strerror = found  # so that whoever wraps an OSError says the same
 
 
 class UnsafePickleError(FileError):

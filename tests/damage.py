@@ -14,9 +14,12 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
 
 import lora_param as lp
@@ -240,10 +243,32 @@ def config_file(draw: random.Random) -> tuple[str, bytes]:
     return "model/config.json", damaged(text, draw) if draw.random() < 0.5 else text
 
 
+@cache
+def _distributed() -> tuple[bytes, bytes]:
+    """The index and the data of a distributed checkpoint."""
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process, which is meant
+        content = {"model": weights(), "optimizer": {"state": {}}, "step": 3}
+        dcp.save(content, checkpoint_id=folder, no_dist=True)
+        index, data = Path(folder, ".metadata"), Path(folder, "__0_0.distcp")
+        return index.read_bytes(), data.read_bytes()
+
+
+def distributed_index(draw: random.Random) -> tuple[str, bytes]:
+    return "chunks/.metadata", damaged(_distributed()[0], draw)
+
+
+def distributed_data(draw: random.Random) -> tuple[str, bytes]:
+    return "chunked/__0_0.distcp", damaged(_distributed()[1], draw)
+
+
 def prepare(folder: Path) -> bytes:
     """What the damaged files stand beside; gives the bytes of a whole adapter."""
     (folder / "weights.safetensors").write_bytes(save(weights(), {"format": "pt"}))
-    (folder / "model").mkdir()
+    for name in ("model", "chunks", "chunked"):
+        (folder / name).mkdir()
+    (folder / "chunked/.metadata").write_bytes(_distributed()[0])
+    (folder / "chunks/__0_0.distcp").write_bytes(_distributed()[1])
     (folder / "model/model.safetensors").write_bytes(save(weights(), {"format": "pt"}))
     lp.apply_checkpoint(
         folder / "weights.safetensors", ["q", "v"], folder / "whole.safetensors", rank=2, seed=0

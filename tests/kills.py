@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import lora_param as lp
@@ -70,13 +71,17 @@ def main(folder: Path, count: int, seed: int) -> dict[str, int]:
     (shards / "config.json").write_text("{}")
     pickled = folder / "m.pt"
     torch.save(weights, pickled)
+    chunks = folder / "c"
+    dcp.save(weights, checkpoint_id=chunks, no_dist=True)
     adapter = folder / "a.safetensors"
     lp.apply_checkpoint(model, "all-linear", adapter, rank=4, init="normal:1")
     record = lp.read_adapter(adapter)
     ones = {k: torch.ones_like(t) for k, t in record.tensors.items()}
     lp.write_adapter(replace(record, tensors=ones), adapter)
 
-    place = {n: folder / "out" / n for n in ("f.safetensors", "p.pt", "d", "i.safetensors", "id")}
+    place = {
+        n: folder / "out" / n for n in ("f.safetensors", "p.pt", "d", "c", "i.safetensors", "id")
+    }
     place["t.safetensors"] = folder / "out" / "t.safetensors"
     (folder / "out").mkdir()
     options = {"force": True}
@@ -84,6 +89,7 @@ def main(folder: Path, count: int, seed: int) -> dict[str, int]:
         "f.safetensors": (model, lambda p: lp.bake_checkpoint(model, adapter, p, **options)),
         "p.pt": (pickled, lambda p: lp.bake_checkpoint(pickled, adapter, p, **options)),
         "d": (shards, lambda p: lp.bake_checkpoint(shards, adapter, p, **options)),
+        "c": (chunks, lambda p: lp.bake_checkpoint(chunks, adapter, p, **options)),
         "i.safetensors": (model, lambda p: lp.bake_checkpoint(p, adapter, in_place=True)),
         "id": (shards, lambda p: lp.bake_checkpoint(p, adapter, in_place=True)),
         "t.safetensors": (adapter, lambda p: lp.disable(p)),

@@ -146,6 +146,8 @@ def test_there_is_no_import_cycle() -> None:
         ("jinja2", ("report.page",)),
         ("torch.nn.utils.parametrize", ("model.chains", "model.injected", "model.attach")),
         ("safetensors", ("files",)),
+        ("fsspec", ("files",)),
+        ("huggingface_hub", ("files",)),
     ],
 )
 def test_a_library_stays_in_its_wing(library: str, allowed: tuple[str, ...]) -> None:
@@ -170,7 +172,18 @@ def test_private_names_of_torch_are_looked_up_in_one_file() -> None:
         assert not used or module == "weight.private", f"{module} uses {used}"
 
 
-HEAVY = ("torch", "numpy", "rich", "typer", "matplotlib", "safetensors", "jinja2", "markupsafe")
+HEAVY = (
+    "fsspec",
+    "huggingface_hub",
+    "torch",
+    "numpy",
+    "rich",
+    "typer",
+    "matplotlib",
+    "safetensors",
+    "jinja2",
+    "markupsafe",
+)
 
 
 def imported(nodes: Sequence[ast.AST]) -> set[str]:

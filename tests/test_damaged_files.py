@@ -34,6 +34,8 @@ KINDS: dict[str, Callable[[random.Random, bytes], tuple[str, bytes]]] = {
     "legacy pickle": lambda draw, _: damage.legacy_pickle(draw),
     "index": lambda draw, _: damage.index_file(draw),
     "config": lambda draw, _: damage.config_file(draw),
+    "chunks' index": lambda draw, _: damage.distributed_index(draw),
+    "chunks": lambda draw, _: damage.distributed_data(draw),
 }
 
 
@@ -60,6 +62,7 @@ def use(path: Path, folder: Path, kind: str, draw: random.Random) -> None:
     base, whole = folder / "weights.safetensors", folder / "whole.safetensors"
     out = folder.parent / "out" / kind
     options = {"check_fingerprint": False, "force": True, "sync": False, "verify": True}
+    target = out.with_suffix(".safetensors")
     steps: list[Callable[[], object]]
     if kind == "adapter":
         steps = [
@@ -73,9 +76,14 @@ def use(path: Path, folder: Path, kind: str, draw: random.Random) -> None:
             lambda: lp.stats(path.parent),
             lambda: lp.bake_checkpoint(path.parent, whole, out, dtype="fp16", **options),
         ]
+    elif kind.startswith("chunks"):
+        steps = [
+            lambda: lp.stats(path.parent),
+            lambda: lp.apply_checkpoint(path.parent, "**", target, rank=2, force=True, sync=False),
+            lambda: lp.bake_checkpoint(path.parent, whole, out, **options),
+        ]
     else:
         place = out if kind == "index" else out.with_suffix(path.suffix)
-        target = out.with_suffix(".safetensors")
         steps = [
             lambda: str(lp.stats(path)) and lp.stats(path).to_dict(),
             lambda: lp.apply_checkpoint(path, "**", target, rank=2, force=True, sync=False),

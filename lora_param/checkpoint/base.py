@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_param.files.safetensors import tensor_bytes
 from lora_param.fingerprint import BaseWeight, tensor_base_weight
 from lora_param.targets.weights import Weight
+from lora_param.weight.blocks import BLOCK
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["Checkpoint", "packed_reason"]
+__all__ = ["Checkpoint", "packed_reason", "packed_reasons"]
 
 # What quantized formats store beside a packed weight X.weight (or X itself).
 _BESIDE_NAME = ("_scale", "_scale_inv", "_scales", "_absmax", ".absmax", "_blocks", "_packed")
 _BESIDE_MODULE = (".scale_weight", ".scales", ".qzeros", ".absmax", ".weight_packed")
+_OWNERS = ("", ".weight", ".qweight")
+_STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
@@ -92,14 +95,31 @@ class Checkpoint(Mapping[str, "torch.Tensor"], ABC):
         array: NDArray[np.float32] = self[name].to(torch.float32).numpy()
         return array
 
+    def flat_blocks(self, name: str, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
+        """The elements `start` to `stop` of a tensor, as `array` has them, a block at a time."""
+        flat = self.array(name).reshape(-1)[start:stop]
+        return (flat[i : i + BLOCK] for i in range(0, len(flat), BLOCK))
+
     def base_weight(self, name: str) -> BaseWeight:
         """Fingerprint of one entry; reads no more than the sampled elements."""
         return tensor_base_weight(self[name])
 
-    def fingerprint(self, names: Iterable[str] | None = None) -> dict[str, BaseWeight]:
-        """Fingerprints by name, of the entries named (names it lacks are left out) or of all."""
+    def fingerprint(
+        self, names: Iterable[str] | None = None, hashed: Container[str] | None = None
+    ) -> dict[str, BaseWeight]:
+        """Fingerprints by name, of the entries named (names it lacks are left out) or of all.
+
+        Args:
+            names: which.
+            hashed: those whose values are sampled; None for all. Of the others nothing is read.
+        """
         wanted = self if names is None else [n for n in dict.fromkeys(names) if n in self]
-        return {name: self.base_weight(name) for name in wanted}
+        return {
+            name: self.base_weight(name)
+            if hashed is None or name in hashed
+            else BaseWeight(self.weights[name].shape, self.weights[name].dtype)
+            for name in wanted
+        }
 
     def close(self) -> None:
         """Let go of open files; tensors already given out stay valid."""
@@ -131,12 +151,30 @@ def packed_reason(name: str, names: Mapping[str, object]) -> str:
     stem, _, last = name.rpartition(".")
     if last in ("weight", "qweight"):
         beside += [f"{stem}{end}" for end in _BESIDE_MODULE]
-        beside += [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
+        beside += [f"{name}{end}" for end in _STATES]
     found = next((n for n in beside if n in names), None)
     if found:
         return f"quantized: {found} is stored beside it"
     owner = _scaled_by(name, names)
     return f"part of the quantized {owner}" if owner else ""
+
+
+def packed_reasons(names: Mapping[str, object]) -> dict[str, str]:
+    """`packed_reason` of every name that has one.
+
+    Most names of most files are not looked at twice: without something beside a weight there is
+    nothing packed.
+    """
+    ends = (*_BESIDE_NAME, *_BESIDE_MODULE, *_STATES)
+    found: dict[str, str] = {}
+    for beside in names:
+        if not beside.endswith(ends):
+            continue
+        owners = [beside.removesuffix(end) for end in ends if beside.endswith(end)]
+        for name in (beside, *(f"{o}{last}" for o in owners for last in _OWNERS)):
+            if name in names and name not in found and (reason := packed_reason(name, names)):
+                found[name] = reason
+    return found
 
 
 def _scaled_by(name: str, names: Mapping[str, object]) -> str:

@@ -10,6 +10,7 @@ from lora_param.adapter import Adapter, AdapterTarget, check_name
 from lora_param.checkpoint.base import Checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.errors import OptionError
+from lora_param.files.places import is_far
 from lora_param.targets.options import read_options, takes_settings
 from lora_param.targets.plan import Plan, PlannedTarget, Tied, make_plan
 from lora_param.targets.settings import SettingsOptions
@@ -47,7 +48,8 @@ def create_adapter(
 
     Returns:
         The plan, and an adapter with factors in fp32 (fp64 for fp64 weights) and the fingerprint
-        of each targeted weight.
+        of each targeted weight; of a base on another machine without the hash of its values, for
+        a sample of these would take as long as all of them.
 
     Raises:
         TargetError: see `make_plan`.
@@ -64,6 +66,7 @@ def create_adapter(
         plan = make_plan(checkpoint.weights, targets, exclude=exclude, settings=settings, tied=tied)
         import torch
 
+        names = [p.target.name for p in plan.targets]
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         tensors: dict[str, Tensor] = {}
         for planned in plan.targets:
@@ -72,7 +75,7 @@ def create_adapter(
         return plan, Adapter(
             {str(p.target): AdapterTarget.from_plan(p) for p in plan.targets},
             tensors,
-            checkpoint.fingerprint(p.target.name for p in plan.targets),
+            checkpoint.fingerprint(names, () if is_far(checkpoint.path) else None),
             name,
             "the new adapter",
         )

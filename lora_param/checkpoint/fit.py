@@ -41,8 +41,13 @@ def check_checkpoint(
         for name in names:
             if name in base and (reason := base.weights[name].unmergeable):
                 raise UnsuitableWeightError(name, reason)
+        known = [t for t in adapter.targets.values() if adapter.base[t.target.name].hash]
+        hashed = {n for t in known for n in (t.target.name, *t.also)} if check_fingerprint else ()
         check_fit(
-            adapter, base.fingerprint(names), str(base.path), check_fingerprint=check_fingerprint
+            adapter,
+            base.fingerprint(names, hashed),
+            str(base.path),
+            check_fingerprint=check_fingerprint,
         )
     except MismatchError as error:
         if not error.unexpected:

@@ -23,12 +23,14 @@ from lora_param.errors import (
 from lora_param.files.distributed import METADATA
 from lora_param.files.gguf import MAGIC
 from lora_param.files.header import TORCH_SAVE
+from lora_param.files.places import fetched, place
 
 __all__ = ["ACCEPTED", "open_checkpoint"]
 
 ACCEPTED = (
     "a .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory with one or with shards and "
-    "their index.json or a distributed checkpoint, or python:package.module:callable"
+    "their index.json or a distributed checkpoint, hf://owner/name or another URL of one, or "
+    "python:package.module:callable"
 )
 
 
@@ -38,7 +40,8 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     Quantized weights of a format that is known have the names, shapes and dtypes of the model.
 
     Args:
-        path: a file, a directory, an `index.json` of shards, or `python:package.module:callable`.
+        path: a file, a directory or an `index.json` of shards, or a URL of one of these (see
+            `place`); or `python:package.module:callable`.
         key: dotted name of the state dict in a pickle that nests it; by default the one found.
 
     Raises:
@@ -55,13 +58,13 @@ def _open_stored(path: str | os.PathLike[str], key: str | None) -> Checkpoint:
     text = os.fspath(path)
     if text.startswith("python:"):
         return _without_key(ModuleCheckpoint(text), key)
-    path = Path(path)
+    path = place(path)
     if not text:  # Path("") is the current directory
         raise MissingFileError("the empty path ''", ACCEPTED)
     if not path.exists():
         raise MissingFileError(path, ACCEPTED)
     if path.is_file() and (path.suffix.lower() == ".gguf" or _start(path)[:4] == MAGIC):
-        return _without_key(GgufCheckpoint(path), key)
+        return _without_key(GgufCheckpoint(fetched(path)), key)
     if path.is_dir() and find_weights(path).name == METADATA:
         return DistributedCheckpoint(path, key)
     if path.is_dir() or path.name.endswith(".index.json"):
@@ -74,7 +77,7 @@ def _open_stored(path: str | os.PathLike[str], key: str | None) -> Checkpoint:
     if kind in SUFFIXES or _looks_pickled(path):
         if _looks_safetensors(path):
             raise BrokenFileError(path, "it is a safetensors file; rename it to .safetensors")
-        return PickleCheckpoint(path, key)
+        return PickleCheckpoint(fetched(path), key)
     found = "empty" if path.stat().st_size == 0 else "a file of another kind"
     raise UnknownFileError(path, found, ACCEPTED)
 
@@ -88,8 +91,9 @@ def _without_key(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
 
 def _start(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(16)
+        with path.open("rb", buffering=0) as file:
+            start: bytes = file.read(16)
+            return start
     except OSError as error:
         raise BrokenFileError(path, error.strerror or str(error)) from error
 

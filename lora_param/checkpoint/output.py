@@ -21,6 +21,7 @@ from lora_param.checkpoint.shards import DirectoryCheckpoint, load_json
 from lora_param.checkpoint.streaming import Copied, entry_parts, jobs_of, name_of, stored_name
 from lora_param.errors import OutputError
 from lora_param.files.placed import PlacedFile, clone_file, open_placed
+from lora_param.files.places import copy_file, files_below, is_far, place
 from lora_param.files.safetensors import NAMES, StreamEntry, place_entries, write_safetensors
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def write_file(merging: Merging, part: Checkpoint, file: IO[bytes], progress: Pr
 
 def file_jobs(merging: Merging, part: Checkpoint, file: IO[bytes]) -> Iterator[Job]:
     """The jobs that write one file of weights into an empty one."""
-    path = Path(part.path)
+    path = place(part.path)
     if is_untouched(merging, part):
         if not clone_file(path, file):
             size = path.stat().st_size
@@ -201,6 +202,14 @@ def write_directory(
 
 def copy_beside(folder: Path, out: Path, rewritten: set[str]) -> None:
     """Copy a directory's files but those that are written anew."""
+    if is_far(folder):
+        for path in files_below(folder):
+            name = path.relative_to(folder).as_posix()
+            if name not in rewritten:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (out / name).unlink(missing_ok=True)  # what a killed process left
+                copy_file(path, out / name)
+        return
     try:
         shutil.copytree(
             folder,
@@ -228,14 +237,14 @@ def _shard_jobs(
 
     def finish(file: IO[bytes], part: Checkpoint) -> None:
         file.close()
-        Path(file.name).chmod(Path(part.path).stat().st_mode & 0o7777 | 0o200)
+        Path(file.name).chmod(place(part.path).stat().st_mode & 0o7777 | 0o200)
 
     for name, part in base.parts.items():
-        place = out / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if merging.link and is_untouched(merging, part) and link_file(Path(part.path), place):
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if merging.link and is_untouched(merging, part) and link_file(place(part.path), target):
             continue
-        file = files.enter_context(open_placed(place))
+        file = files.enter_context(open_placed(target))
         yield from followed(file_jobs(merging, part, file), partial(finish, file, part))
 
 

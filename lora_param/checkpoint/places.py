@@ -18,6 +18,7 @@ from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint, find_weights
 from lora_param.errors import FileError, OptionError, OutputError, worded
 from lora_param.files.locks import State, locked
+from lora_param.files.places import writable
 from lora_param.files.writer import check_output
 
 __all__ = ["check_place", "has_shards", "held", "is_directory", "place_of", "stored_in"]
@@ -30,7 +31,7 @@ def stored_in(checkpoint: Checkpoint) -> Checkpoint:
 
 def held(base: PathText) -> AbstractContextManager[State | None]:
     """The lock of what is read and replaced in place: a second bake of it waits for the first."""
-    path = Path(base)
+    path = writable(base)
     return locked(path.parent if path.name.endswith(".index.json") else path)
 
 
@@ -39,7 +40,7 @@ def place_of(checkpoint: Checkpoint, base: PathText, out: PathText | None, in_pl
     if isinstance(checkpoint.path, str):
         if out is None or in_place:
             raise OutputError(base, "a model that a call builds needs an output file of its own")
-        return Path(out)
+        return writable(out)
     own = checkpoint.path
     if out is None:
         if not in_place:
@@ -53,7 +54,7 @@ def place_of(checkpoint: Checkpoint, base: PathText, out: PathText | None, in_pl
         raise OptionError(
             "out", str(out), f"nothing but the input, with {worded('in_place=True', '--in-place')}"
         )
-    return own if in_place else Path(out)
+    return own if in_place else writable(out)
 
 
 def check_place(

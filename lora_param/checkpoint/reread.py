@@ -17,6 +17,7 @@ from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.checkpoint.unpacking import Form, requantized
 from lora_param.errors import OutputError
+from lora_param.files.places import fetched, files_below
 from lora_param.files.safetensors import tensor_bytes
 
 if TYPE_CHECKING:
@@ -135,11 +136,11 @@ def verify_distributed(
 def _compare_others(
     base: DirectoryCheckpoint | DistributedCheckpoint, written: Path, rewritten: set[str]
 ) -> None:
-    for path in base.path.rglob("*"):
+    for path in files_below(base.path):
         name = path.relative_to(base.path).as_posix()
-        if path.is_file() and name not in rewritten:
+        if name not in rewritten:
             copy = written / name
-            if not copy.is_file() or not filecmp.cmp(path, copy, shallow=False):
+            if not copy.is_file() or not filecmp.cmp(fetched(path), copy, shallow=False):
                 raise OutputError(name, "read again, it is not the input's")
 
 

@@ -17,6 +17,7 @@ from lora_param.checkpoint.places import stored_in
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.files.journal import is_journal_of
+from lora_param.files.places import place
 from lora_param.weight.blocks import BLOCK
 
 __all__ = ["JOURNAL", "Leftovers", "mark_of"]
@@ -95,7 +96,7 @@ def _files(base: Checkpoint) -> Iterator[list[str | int]]:
         parts = base.parts.values() if isinstance(base, DirectoryCheckpoint) else [base]
         for part in parts:
             whole = part.header.start if isinstance(part, SafetensorsCheckpoint) else _HEAD
-            counts[Path(part.path)] = whole
+            counts[place(part.path)] = whole
     for path, count in counts.items():
         state = path.stat()
         with path.open("rb") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_param.checkpoint.base import Checkpoint, packed_reason
+from lora_param.checkpoint.base import Checkpoint, packed_reasons
 from lora_param.files.header import DTYPES
 from lora_param.files.safetensors import SafetensorsFile
 from lora_param.targets.weights import Weight
@@ -24,12 +24,13 @@ class SafetensorsCheckpoint(SafetensorsFile, Checkpoint):
 
     def _describe(self) -> dict[str, Weight]:
         entries = self.header.entries
+        packed = packed_reasons(entries)
         return {
             name: Weight(
                 name,
                 e.torch_shape,
                 e.torch_dtype,
-                packed=packed_reason(name, entries)
+                packed=packed.get(name)
                 or (
                     f"packed as {e.dtype}"
                     if DTYPES[e.dtype][0] < 8 or e.dtype.startswith("F6_")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_param.checkpoint.base import Checkpoint, packed_reason
+from lora_param.checkpoint.base import Checkpoint, packed_reasons
 from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.safetensors import SafetensorsCheckpoint
 from lora_param.errors import BrokenFileError, UnknownFileError, listed
 from lora_param.files.distributed import METADATA, leads_outside
+from lora_param.files.places import fetched, is_far, place
 from lora_param.fingerprint import BaseWeight
 from lora_param.targets.weights import Weight
 
@@ -32,6 +34,9 @@ _KNOWN = (
 )
 _SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _MAX_INDEX = 100_000_000
+_AT_ONCE = 16  # shards that are asked for over a network
+
+T = TypeVar("T")
 
 
 class DirectoryCheckpoint(Checkpoint):
@@ -50,7 +55,7 @@ class DirectoryCheckpoint(Checkpoint):
     path: Path
 
     def __init__(self, path: str | os.PathLike[str], key: str | None = None) -> None:
-        given = Path(path)
+        given = place(path)
         found = find_weights(given) if given.is_dir() else given
         self.path = given if given.is_dir() else given.parent
         self.index: Path | None = found if found.name.endswith(".json") else None
@@ -60,8 +65,9 @@ class DirectoryCheckpoint(Checkpoint):
             self._home = dict.fromkeys(self.parts[found.name], found.name)
         else:
             self._home = read_index(self.index)
-            for name in dict.fromkeys(self._home.values()):
-                self.parts[name] = _open_part(self.path / name, key)
+            names = list(dict.fromkeys(self._home.values()))
+            opened = _for_each(names, lambda name: _open_part(self.path / name, key), self.path)
+            self.parts |= zip(names, opened, strict=True)
             _check_index(self.index, self._home, self.parts)
         self.key = next((p.key for p in self.parts.values()), "")
 
@@ -75,8 +81,9 @@ class DirectoryCheckpoint(Checkpoint):
         for part in self.parts.values():
             weights |= part.weights
         if len(self.parts) > 1:  # a scale may lie in another shard than its weight
-            for name, weight in weights.items():
-                if not weight.packed and (reason := packed_reason(name, weights)):
+            for name, reason in packed_reasons(weights).items():
+                weight = weights[name]
+                if not weight.packed:
                     weights[name] = Weight(
                         name, weight.shape, weight.dtype, tied=weight.tied, packed=reason
                     )
@@ -102,6 +109,10 @@ class DirectoryCheckpoint(Checkpoint):
         """The tensor of this name as a float32 array, for statistics."""
         return self.part_of(name).array(name)
 
+    def flat_blocks(self, name: str, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
+        """Elements of a tensor as float32 arrays, a block at a time."""
+        return self.part_of(name).flat_blocks(name, start, stop)
+
     def base_weight(self, name: str) -> BaseWeight:
         """Fingerprint of one entry."""
         return self.part_of(name).base_weight(name)
@@ -115,7 +126,7 @@ class DirectoryCheckpoint(Checkpoint):
 def _open_part(path: Path, key: str | None) -> SafetensorsCheckpoint | PickleCheckpoint:
     if path.suffix == ".safetensors":
         return SafetensorsCheckpoint(path)
-    return PickleCheckpoint(path, key)
+    return PickleCheckpoint(fetched(path), key)
 
 
 def config_in(directory: Path) -> Mapping[str, Any]:
@@ -173,14 +184,27 @@ def read_index(path: Path) -> dict[str, str]:
             )
         if PurePosixPath(shard).suffix not in _SINGLE:
             raise BrokenFileError(path, f"it names the shard {shard!r}, which is no weights file")
+    shards = list(dict.fromkeys(mapping.values()))
+
+    def is_there(shard: str) -> bool:
         try:
-            found = (path.parent / shard).is_file()
+            return (path.parent / shard).is_file()
         except OSError as error:  # a name too long
             why = error.strerror
             raise BrokenFileError(path, f"it names the shard {shard!r:.80} ({why})") from None
+
+    for shard, found in zip(shards, _for_each(shards, is_there, path), strict=True):
         if not found:
             raise BrokenFileError(path, f"it names the shard {shard!r}, which is missing")
     return mapping
+
+
+def _for_each(names: Iterable[str], call: Callable[[str], T], where: Path) -> list[T]:
+    """What the call gives for each name; several at once where each answer takes its time."""
+    if not is_far(where):
+        return [call(name) for name in names]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(call, names))
 
 
 def _is_text(name: str) -> bool:
@@ -216,8 +240,13 @@ def _check_index(
     home: Mapping[str, str],
     parts: Mapping[str, SafetensorsCheckpoint | PickleCheckpoint],
 ) -> None:
+    listed_in: dict[str, set[str]] = {name: set() for name in parts}
+    for tensor, shard in home.items():
+        listed_in[shard].add(tensor)
     for name, part in parts.items():
-        listed_here = {tensor for tensor, shard in home.items() if shard == name}
+        listed_here = listed_in[name]
+        if listed_here == set(part):
+            continue
         if absent := sorted(listed_here.difference(part)):
             raise BrokenFileError(index, f"it lists {listed(absent)} in {name}, which lacks them")
         if extra := sorted(set(part).difference(listed_here)):

@@ -21,6 +21,7 @@ from lora_param.checkpoint.unpickling import check_archive
 from lora_param.errors import BrokenFileError
 from lora_param.files.distributed import StoredTensor
 from lora_param.files.header import TORCH_SAVE
+from lora_param.files.places import place
 
 __all__ = ["load_tensor"]
 
@@ -31,7 +32,7 @@ class _Reader(FileSystemReader):
     def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
         file.seek(sinfo.offset)
         data = io.BytesIO(file.read(sinfo.length))
-        path = Path(self.path) / sinfo.relative_path
+        path = place(self.path) / sinfo.relative_path
         if data.read(4) != TORCH_SAVE[0]:
             raise BrokenFileError(path, "a tensor in it is no archive of torch.save")
         check_archive(data, path)

@@ -19,13 +19,14 @@ from lora_param.errors import (
     UnknownFileError,
     UnsafePickleError,
 )
+from lora_param.files.places import place
 
 __all__ = ["check_archive", "is_zip", "load_pickle"]
 
 
 def is_zip(path: str | os.PathLike[str]) -> bool:
     """The file begins as a zip archive, which is what torch.save writes since 1.6."""
-    with Path(path).open("rb") as file:
+    with place(path).open("rb", buffering=0) as file:
         return file.read(4) == b"PK\x03\x04"
 
 

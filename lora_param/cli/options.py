@@ -26,7 +26,7 @@ __all__ += ["NoSync", "Targets", "switches", "weighted"]
 
 MODEL = (
     "A .safetensors, .gguf, .pt, .pth, .bin or .ckpt file, a directory of them or a distributed "
-    "checkpoint, or python:package.module:callable."
+    "checkpoint, hf://owner/name or another URL of one, or python:package.module:callable."
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]

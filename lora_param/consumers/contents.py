@@ -47,7 +47,7 @@ _ENDS = (
     (r"\.dora_scale", "kohya", "magnitude"),
     (r"\.(hada_\w+)", "lycoris", "loha"),
     (r"\.(lokr_\w+)", "lycoris", "lokr"),
-    (r"\.(oft_\w+)", "lycoris", "oft"),
+    (r"\.(oft_\w+)(\.weight)?", "lycoris", "oft"),
     (r"(\.processor)?\.\w*lora\.down\.weight", "diffusers", "A"),
     (r"(\.processor)?\.\w*lora\.up\.weight", "diffusers", "B"),
     (r"\.parametrizations\.\w+\.\d+\.lora_A", "minlora", "A"),

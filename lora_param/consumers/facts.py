@@ -12,11 +12,11 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_param.consumers.contents import PARTS, Contents, Module, read_contents
 from lora_param.errors import BrokenFileError, listed
+from lora_param.files.places import place
 from lora_param.formats.kohya import flat_names
 from lora_param.formats.portable import SERVED_RANKS
 from lora_param.names.flat import aliased, flattened
@@ -29,6 +29,7 @@ __all__ = ["gather"]
 _IMAGE = (*PARTS, "diffusion_model.")
 _OWN = {
     "lycoris": {"lycoris", "kohya"},
+    "native": {"native", "lycoris"},  # whose tensors keep their names
     "diffusers": {"diffusers", "peft", "kohya"},  # kohya's is alpha
     "loralib": {"native"},
     "torchtune": {"torchtune", "native"},
@@ -41,6 +42,7 @@ _OTHER_TOOLS = {
     "mlx": "mlx-lm",
     "diffusers": "diffusers",
 }
+_METHODS = ("LOHA", "LOKR", "OFT")  # PEFT's beside LoRA that are read here
 
 
 def gather(
@@ -64,7 +66,7 @@ def gather(
         UnknownFileError: it is no adapter.
         BrokenFileError: a file is damaged.
     """
-    source = read_contents(Path(path))
+    source = read_contents(place(path))
     kind, modules = source.kind, source.modules
     facts: dict[str, Any] = {"kind": kind, "peft": kind == "peft", "keys": len(source.shapes)}
     facts |= _of_names(source)
@@ -81,7 +83,8 @@ def _counted(name: str, found: Iterable[str]) -> dict[str, Any]:
 
 def _of_names(source: Contents) -> dict[str, Any]:
     kind, modules, other = source.kind, source.modules, source.other
-    own = _OWN.get(kind, {kind})
+    method = _method(source)
+    own = {kind, "lycoris"} if method else _OWN.get(kind, {kind})
     foreign = [k for c, keys in source.conventions.items() if c not in own for k in keys]
     pairs = {n: m for n, m in modules.items() if "A" in m.tensors or "B" in m.tensors}
     half = [n for n, m in pairs.items() if ("A" in m.tensors) != ("B" in m.tensors)]
@@ -98,6 +101,7 @@ def _of_names(source: Contents) -> dict[str, Any]:
     bare = [k for k in source.shapes if not k.startswith("base_model.model.")]
     return {
         "modules": len(modules),
+        "method": method,
         "other_tool": _OTHER_TOOLS.get(kind, ""),
         **_counted("half_pairs", half),
         **_counted("foreign_keys", foreign),
@@ -111,6 +115,12 @@ def _of_names(source: Contents) -> dict[str, Any]:
         "lycoris": ", ".join(sorted(types)),
         "image_names": any(n.removeprefix("base_model.model.").startswith(_IMAGE) for n in modules),
     }
+
+
+def _method(source: Contents) -> str:
+    """PEFT's method, where it is another one than LoRA."""
+    method = source.config.get("peft_type")
+    return method if source.kind == "peft" and method in _METHODS else ""
 
 
 _LYCORIS = ("loha", "lokr", "oft", "mid")
@@ -189,7 +199,7 @@ def _of_config(source: Contents) -> dict[str, Any]:
     patterns = [*rank_pattern, *alpha_pattern]
     return {
         "has_rank": "r" in config,
-        "has_alpha": "lora_alpha" in config or kind != "peft",
+        "has_alpha": "lora_alpha" in config or kind != "peft" or bool(_method(source)),
         "has_target_modules": bool(config.get("target_modules")) or "target_modules" in config,
         "config_rank": rank,
         "config_scale": f"{alpha / (math.sqrt(rank) if rslora else rank):g}" if rank else "",

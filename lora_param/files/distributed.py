@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -109,8 +110,8 @@ def read_index(directory: Path) -> DistributedIndex:
     """
     path = directory / METADATA
     try:
-        with path.open("rb") as file:
-            content = _Unpickler(file, path).load()
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            content = _Unpickler(file, path).load()  # warns of escapes in damaged texts
     except FileNotFoundError:
         raise MissingFileError(path, "the index of a distributed checkpoint") from None
     except (UnsafePickleError, BrokenFileError):

@@ -1,4 +1,7 @@
-"""The header of a GGUF file, read and checked without torch, and written with other tensors."""
+"""The header of a GGUF file, read and checked without torch, and written with other tensors.
+
+Reading and writing are one file: together they are what is known of the format.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import cast
 
 from lora_param.errors import BrokenFileError, MissingFileError
+from lora_param.files.places import fetched, place
 
 __all__ = ["KINDS", "MAGIC", "Gguf", "GgufEntry", "Kind", "decode_keys", "encode_gguf"]
 __all__ += ["encode_keys", "read_gguf", "read_type"]
@@ -123,9 +126,9 @@ def read_gguf(path: str | os.PathLike[str]) -> Gguf:
         MissingFileError: there is no such file.
         BrokenFileError: it is not a whole and consistent GGUF file of a version that is known.
     """
-    path = Path(path)
+    path = place(path)
     try:
-        with path.open("rb") as file:
+        with fetched(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 24:
                 raise _RejectedError(f"it has {size} bytes, and a GGUF header takes 24")
@@ -145,9 +148,13 @@ def read_type(path: str | os.PathLike[str]) -> str:
     No more of the header is read than leads to it; what is no GGUF file is "".
     """
     try:
-        with Path(path).open("rb") as file:
+        path = place(path)
+        with path.open("rb", buffering=0) as file:
+            if file.read(4) != MAGIC:
+                return ""
+        with fetched(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size < 24 or file.read(4) != MAGIC:
+            if size < 24:
                 return ""
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 reader = _Reader(cast(Sequence[int], data), size)

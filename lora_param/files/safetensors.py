@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lora_param.errors import BrokenFileError, OutputError
 from lora_param.files.header import DTYPES, Entry, Header, encode_header, read_header
+from lora_param.files.places import FarPath, place
 from lora_param.files.writer import replace_file
 from lora_param.fingerprint import BaseWeight, hash_sample, sample_positions
 
@@ -35,6 +36,7 @@ Content = Callable[[], "torch.Tensor | bytes | memoryview"]
 StreamEntry = tuple[str, tuple[int, ...], Content]
 """Dtype (a key of `DTYPES`), shape as the header has it, and what gives the data."""
 
+BLOCK = 1 << 18  # elements that are made float32 at a time
 _RANK = {name: i for i, name in enumerate(DTYPES)}
 _NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
 
@@ -52,7 +54,7 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
     path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = place(path)
         self.header: Header = read_header(self.path)
         self._state = self._stat()
         self._handle: Any = None
@@ -94,6 +96,8 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         from safetensors import SafetensorError, safe_open
 
         entry = self.header.entries[name]
+        if isinstance(self.path, FarPath):
+            return _tensor(self._fetch(entry), entry, self.path, name)
         try:
             if self._handle is None:
                 self.check_unchanged()
@@ -113,14 +117,26 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         size = np.dtype(dtype).itemsize
         if e.start == e.stop:
             return np.empty(0, dtype)
+        if isinstance(self.path, FarPath):
+            return np.frombuffer(self._fetch(e), dtype)
         self.check_unchanged()
-        return np.memmap(
+        mapped = np.memmap(
             self.path,
             dtype,
             mode="r",
             offset=self.header.start + e.start,
             shape=((e.stop - e.start) // size,),
         )
+        return mapped.view(np.ndarray)  # whose slices cost less
+
+    def _fetch(self, entry: Entry) -> bytearray:
+        """The bytes of a tensor that is not on this machine."""
+        assert isinstance(self.path, FarPath)
+        if self._handle is None:
+            self.check_unchanged()
+            self._handle = self.path
+        start = self.header.start
+        return bytearray(self.path.read_range(start + entry.start, start + entry.stop))
 
     def raw(self, name: str) -> bytes:
         """The bytes of a tensor; for small ones that are no numbers."""
@@ -133,12 +149,16 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
         entry = self.header.entries[name]
         if entry.dtype not in _NUMPY:
             return np.asarray(self[name].float().numpy())
-        raw = self._raw(name, _NUMPY[entry.dtype])
-        if entry.dtype == "BF16":  # the upper half of a float32
-            values = (raw.astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = raw.astype(np.float32)
-        return np.asarray(values).reshape(entry.shape)
+        return _wide(self._raw(name, _NUMPY[entry.dtype]), entry.dtype).reshape(entry.shape)
+
+    def flat_blocks(self, name: str, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
+        """The elements `start` to `stop` of a tensor, as `array` has them, a block at a time."""
+        entry = self.header.entries[name]
+        if entry.dtype not in _NUMPY:
+            flat = self.array(name).reshape(-1)[start:stop]
+            return (flat[i : i + BLOCK] for i in range(0, len(flat), BLOCK))
+        raw = self._raw(name, _NUMPY[entry.dtype])[start:stop]
+        return (_wide(raw[i : i + BLOCK], entry.dtype) for i in range(0, len(raw), BLOCK))
 
     def base_weight(self, name: str) -> BaseWeight:
         """Fingerprint of one entry; reads no more than the sampled elements."""
@@ -150,6 +170,30 @@ class SafetensorsFile(Mapping[str, "torch.Tensor"]):
     def close(self) -> None:
         """Let go of the mapping; tensors already given out stay valid."""
         self._handle = None
+
+
+def _tensor(data: bytearray, entry: Entry, path: Path, name: str) -> torch.Tensor:
+    """A tensor over bytes as a file has them."""
+    import torch
+
+    dtype = getattr(torch, entry.torch_dtype, None)
+    if dtype is None:
+        raise BrokenFileError(path, f"{name} of dtype {entry.dtype} cannot be read")
+    if not data:
+        return torch.empty(entry.torch_shape, dtype=dtype)
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    return flat.view(dtype).reshape(entry.torch_shape)
+
+
+def _wide(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored elements as float32."""
+    import numpy as np
+
+    if dtype != "BF16":
+        return np.asarray(raw.astype(np.float32))
+    values = raw.astype(np.uint32)
+    values <<= 16  # the upper half of a float32
+    return np.asarray(values).view(np.float32)
 
 
 def tensor_bytes(content: torch.Tensor | bytes | memoryview) -> bytes | memoryview:

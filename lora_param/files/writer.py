@@ -17,6 +17,7 @@ from typing import IO
 
 from lora_param.errors import BrokenFileError, FileError, OutputError, escaped, worded
 from lora_param.files.locks import HAS_LOCKS, State, locked, state_of
+from lora_param.files.places import writable
 from lora_param.files.renaming import exchange, rename_new, sync_directory, sync_tree
 from lora_param.files.temporaries import beside, delete, made, opened, remove_stale
 
@@ -40,8 +41,10 @@ def check_output(path: str | os.PathLike[str], *, force: bool, directory: bool =
 
     Raises:
         OutputError: it exists (without force), is a directory where a file is to be written or
-            the reverse, or the directory that would hold it is missing or not writable.
+            the reverse, or the directory that would hold it is missing, not writable or not on
+            this machine.
     """
+    path = writable(path)
     try:
         real = Path(os.path.realpath(path))
         exists = real.exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_param.adapter import Adapter
 from lora_param.errors import MissingFileError, NoFormError, OptionError
+from lora_param.files.places import place, writable
 from lora_param.formats import (
     diffusers,
     gguf,
@@ -66,7 +67,8 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     Raises:
         BrokenFileError: the file is damaged.
     """
-    return any(f.recognise(Path(path)) for f in FORMATS.values())
+    found = place(path)
+    return any(f.recognise(found) for f in FORMATS.values())
 
 
 def format_of(path: Path) -> Format:
@@ -94,7 +96,7 @@ def read_adapter(
     """Read an adapter of any format; its tensors are read when they are asked for.
 
     Args:
-        path: an adapter file or directory, of any of `FORMATS`.
+        path: an adapter file or directory, of any of `FORMATS`, or a URL of one (see `place`).
         layout: "out-in" or "in-out": how the base stores square weights, for a file that does not
             tell and a base whose classes are unknown.
         names: a file of further rules between the adapter's names and a base's.
@@ -114,7 +116,7 @@ def read_adapter(
     """
     if layout not in (None, *LAYOUTS):
         raise OptionError("layout", layout, ", ".join(LAYOUTS))
-    path = Path(path)
+    path = place(path)
     known = format_of(path)
     told = {"alpha": alpha, "enable_lora": enable_lora}
     given = {name: value for name, value in told.items() if value is not None}
@@ -153,7 +155,7 @@ def write_adapter(
         UnsettledError: it leaves open what the format has to say; `convert` takes a base.
     """
     chosen = format_named(native.FORMAT.name if format is None else format)
-    chosen.write(adapter, Path(path), force=force, sync=sync)
+    chosen.write(adapter, writable(path), force=force, sync=sync)
 
 
 def format_named(name: str) -> Format:
@@ -190,7 +192,7 @@ def toggle_file(
         TargetError: a pattern cannot be read or matches none of the targets.
         FileError: as for `read_adapter`; or the file cannot be written.
     """
-    path = Path(path)
+    path = writable(path)
     if not path.exists() or not native.FORMAT.recognise(path):
         found = format_of(path)
         raise NoFormError(

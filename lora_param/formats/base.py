@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lora_param.adapter import Adapter, Layer
 
-__all__ = ["DORA", "LAYOUTS", "PLAIN", "Format", "Read", "Write"]
+__all__ = ["DORA", "LAYOUTS", "PLAIN", "Format", "Write"]
 
 LAYOUTS = ("out-in", "in-out")
 """How a base may store square weights."""
@@ -18,20 +18,7 @@ PLAIN = ("lora", "miss")
 """The variants that are exact products of two factors."""
 
 DORA = (*PLAIN, "dora", "dora_columns")
-"""The same, and DoRA of rows or of columns."""
-
-
-class Read(Protocol):
-    """Reads the adapter at a path; its tensors are read when they are asked for."""
-
-    def __call__(self, path: Path, *, layout: str | None, **told: Any) -> Adapter:
-        """Read it.
-
-        Args:
-            path: what `recognise` has recognised.
-            layout: one of `LAYOUTS`: how square weights are stored, where nothing tells.
-            **told: what else the caller says of the file, each of its `takes`.
-        """
+"""Those, and DoRA over either side of the weight."""
 
 
 class Write(Protocol):
@@ -49,7 +36,10 @@ class Format:
         name: what `format=` takes.
         recognise: the path holds an adapter of this format. It raises BrokenFileError for a file
             that is of no format because it is damaged.
-        read: see `Read`. What the file leaves open, the adapter's `settle` settles for a base.
+        read: reads the adapter at a path that `recognise` has recognised; its tensors are read when
+            they are asked for. It takes `layout` (one of `LAYOUTS`: how square weights are stored,
+            where nothing tells) and what `takes` names, as keywords. What the file leaves
+            open, the adapter's `settle` settles for a base.
         write: see `Write`. What the format needs to know of the base is in the adapter's
             `weights_at_hand`.
         layers: the kinds of layer that it has factors for; None where what has none is for `write`

@@ -362,6 +362,7 @@ def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, s
             found, alpha = _encoded(pair, shape, first.settings.variant)
         else:
             first = check_whole(adapter, keys, tool)
+            _check_channels(adapter, keys[0], shape)
             own = {n: x.detach().cpu() for n, x in adapter.factors(keys[0]).items()}
             found, alpha = _with_scale(first, encode(first, own, shape, _is_norm(adapter, name)))
         if alpha is not None:
@@ -379,6 +380,25 @@ def write_modules(adapter: Adapter, path: Path, *, lycoris: bool, force: bool, s
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _check_channels(adapter: Adapter, key: str, shape: tuple[int, ...]) -> None:
+    """Refuse a LoKr whose first matrix is not over whole inputs of a convolution.
+
+    Raises:
+        NoFormError: it is so.
+    """
+    for name in ("lokr_w1", "lokr_w1_b"):
+        if name in adapter.tensor_names(key):
+            columns = adapter.tensors[f"{key}.{name}"].shape[-1]
+            if shape[1] % columns:
+                why = f"whose first matrix, of {columns} columns, does not divide {shape[1]} inputs"
+                raise NoFormError(
+                    adapter.source,
+                    key,
+                    why,
+                    f"train it with another left ({worded('form=', '--form')})",
+                )
 
 
 def _with_scale(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickletools
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from lora_param.checkpoint.pickle import PickleCheckpoint
 from lora_param.checkpoint.unpickling import is_zip
 from lora_param.errors import NonFiniteError, OutputError
 from lora_param.files.header import read_header
+from lora_param.files.places import fetched
 from lora_param.files.safetensors import NAMES, SafetensorsFile, StreamEntry, write_safetensors
 from lora_param.files.writer import replace_file
 
@@ -24,6 +27,10 @@ __all__ = ["StateFile", "names_in", "open_state", "write_state"]
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINUNICODE8")
+_DAMAGED = (
+    *(zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError),
+    *(ValueError, IndexError, OverflowError, struct.error),  # pickletools reads what it finds
+)
 _MOST = 1 << 26  # bytes of a pickle beside its tensors; one of an adapter has some thousands
 
 
@@ -52,21 +59,32 @@ def names_in(path: Path) -> list[str]:
     Raises:
         BrokenFileError: a safetensors file is damaged.
     """
-    if not path.is_file():
-        return []
     kind = path.suffix.lower()
+    if not path.is_file() or kind not in (".safetensors", *_PICKLES):
+        return []
+    s = path.stat()
+    return list(_names_in(path, kind, (s.st_ino, s.st_size, s.st_mtime_ns)))
+
+
+@lru_cache(maxsize=8)
+def _names_in(path: Path, kind: str, state: tuple[int, int, int]) -> list[str]:  # noqa: ARG001
+    """Kept, since each format asks in turn; `state` tells a file from what stood there before."""
     if kind == ".safetensors":
         return list(read_header(path).entries)
-    if kind not in _PICKLES or not is_zip(path):
+    if not is_zip(path):
         return []
     try:
-        with zipfile.ZipFile(path) as archive:
-            record = next((r for r in archive.infolist() if r.filename.endswith("/data.pkl")), None)
-            if record is None or record.file_size > _MOST:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            record = next((r for r in records if r.filename.endswith("/data.pkl")), None)
+            if record is None or record.compress_type or record.file_size > _MOST:
                 return []
-            found = pickletools.genops(archive.read(record))
+            content = archive.read(record)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts that are damaged
+            found = pickletools.genops(content)
             return [str(text) for code, text, _ in found if code.name in _TEXTS]
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+    except _DAMAGED:
         return []
 
 
@@ -80,7 +98,7 @@ def open_state(path: Path) -> StateFile:
         file = SafetensorsFile(path)
         shapes = {n: e.torch_shape for n, e in file.header.entries.items()}
         return StateFile(path, file, shapes, file.metadata)
-    content = PickleCheckpoint(path)
+    content = PickleCheckpoint(fetched(path))
     return StateFile(path, content, {n: w.shape for n, w in content.weights.items()})
 
 

@@ -30,7 +30,8 @@ def unknown_adapter(path: Path) -> UnknownFileError:
     if path.is_dir():
         return UnknownFileError(path, "a directory", accepted)
     if path.suffix != ".safetensors":
-        return UnknownFileError(path, "not a .safetensors file", accepted)
+        found = "not a .safetensors file, and without factors in keys that are known"
+        return UnknownFileError(path, found, accepted)
     names = list(read_header(path).entries)
     what = next(
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import NoReturn, Self, Unpack, cast
 
 import torch
@@ -138,6 +139,7 @@ class LoRA(nn.Module):
         target = parse_target(f"weight{part}", sizes)
         matrix = target.region.matrix(sizes)
         settings = read_options(LoRA, options).capped(matrix)
+        settings = settings.over_kernel(matrix, prod(sizes[2:]))
 
         def values() -> Tensor:
             if W is None:

@@ -182,6 +182,8 @@ def _difference(target: AdapterTarget, factors: dict[str, Tensor], lora: LoRA) -
     theirs, own = target.settings, lora.settings
     if theirs.variant != own.variant:
         return f"variant {theirs.variant} in the file, {own.variant} here"
+    if set(theirs.axes) != set(own.axes):
+        return f"{own.variant} of form {theirs.form!r} in the file, {own.form!r} here"
     if theirs.rank != own.rank:
         return f"rank {theirs.rank} in the file, {own.rank} here"
     for name, tensor in factors.items():

@@ -66,7 +66,8 @@ def relayout(adapter: Adapter, found: Resolution, shapes: Mapping[str, BaseWeigh
 
 def _rename(result: Rewritten, key: str, t: AdapterTarget, place: Here, found: Resolution) -> None:
     def names(old: tuple[str, ...]) -> tuple[str, ...]:
-        places = (found.places.get(n) for n in old)
+        # a tie is told by the base as often as by the adapter, in names of its own
+        places = (found.places.get(n, Here(n) if n in result.shapes else None) for n in old)
         return tuple(p.name for p in places if isinstance(p, Here))
 
     source = result.source

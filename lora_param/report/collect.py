@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = ["Progress", "as_array", "collect"]
 
 Array = NDArray[np.floating[Any]]
 Progress = Callable[[int, int, str], None]
+Blocks = Callable[[str, int, int], Iterable[Array]]
 
 
 def as_array(tensor: Tensor) -> Array:
@@ -40,6 +41,7 @@ def collect(
     weights: Mapping[str, Weight] | None,
     adapters: Iterable[Adapter],
     base_array: Callable[[str], Array] | None = None,
+    base_blocks: Blocks | None = None,
     *,
     source: str = "",
     name: str = "",
@@ -54,6 +56,8 @@ def collect(
         weights: the base's weights, or None where only an adapter is at hand.
         adapters: what is on it, or in the file.
         base_array: gives a weight's values, for ‖W‖; None where they are not to be read.
+        base_blocks: gives a range of a weight's elements, flattened, a block at a time; where it is
+            at hand, no weight is in memory as a whole unless its update depends on it.
         source: what it is about.
         name: what the base is called, or the adapter where it is alone.
         notes: sentences to show with it.
@@ -67,7 +71,7 @@ def collect(
     on_weight: dict[str, list[str]] = {}
     for adapter in adapters:
         for key in adapter.targets:
-            row = _row(adapter, key, base_array, measured)
+            row = _row(adapter, key, base_array, base_blocks, measured)
             rows.append(row)
             for weight in (adapter.targets[key].target.name, *row.also):
                 on_weight.setdefault(weight, []).append(key)
@@ -82,7 +86,11 @@ def collect(
 
 
 def _row(
-    adapter: Adapter, key: str, base_array: Callable[[str], Array] | None, measured: bool
+    adapter: Adapter,
+    key: str,
+    base_array: Callable[[str], Array] | None,
+    base_blocks: Blocks | None,
+    measured: bool,
 ) -> TargetRow:
     target, base = adapter.targets[key], adapter.base[adapter.targets[key].target.name]
     name, region, settings = target.target.name, target.target.region, target.settings
@@ -96,9 +104,14 @@ def _row(
         else:
             norm, rank, spectrum = measure(*_joined(pair), scale)
     if base_array is not None:
-        values = base_array(name)[region.index]
-        weight_norm = _norm(values)
-        if measured and settings.variant != "lora":
+        built = measured and settings.variant != "lora"
+        flat = None if built or base_blocks is None else region.flat(base.shape)
+        if flat is not None and base_blocks is not None:
+            weight_norm = _norm(base_blocks(name, *flat))
+        else:
+            values = base_array(name)[region.index]
+            weight_norm = _norm(_blocks(values))
+        if built:
             wide = values.astype(np.float64).reshape(region.matrix(base.shape))
             norm = _norm_of_delta(target, factors, wide)
     dead = is_dead(factors, norm, weight_norm)
@@ -132,10 +145,13 @@ def _joined(factors: Mapping[str, Array]) -> tuple[Array, Array]:
     return np.concatenate([A, initial[0]], -2), np.concatenate([B, -initial[1]], -1)
 
 
-def _norm(values: Array) -> float:
-    """‖W‖: a few rows at a time in the precision it has, and their sum exactly."""
+def _blocks(values: Array) -> Iterator[Array]:
     flat = values.reshape(-1)
-    parts = (flat[i : i + BLOCK] for i in range(0, flat.size, BLOCK))
+    return (flat[i : i + BLOCK] for i in range(0, flat.size, BLOCK))
+
+
+def _norm(parts: Iterable[Array]) -> float:
+    """‖W‖: a few rows at a time in the precision it has, and their sum exactly."""
     return math.sqrt(math.fsum(map(_square, parts)))
 
 

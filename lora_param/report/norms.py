@@ -9,6 +9,9 @@ __all__ = ["effective_rank", "measure", "singular_values", "update_norm"]
 
 Floats = NDArray[np.float64]
 
+_ROWS = 1024  # of a factor multiplied at a time: so few that BLAS takes no threads, which wait
+_SMALLEST = 1e-6  # of the eigenvalues to the largest: the singular values keep nine digits
+
 
 def singular_values(
     A: ArrayLike,
@@ -17,7 +20,8 @@ def singular_values(
 ) -> Floats:
     """Singular values of scale·(B @ A), greatest first.
 
-    With B = Q_B R_B and Aᵀ = Q_A R_A they are those of the small matrix scale·R_B R_Aᵀ.
+    With BᵀB = R_Bᵀ R_B and A Aᵀ = R_Aᵀ R_A they are those of the small matrix scale·R_B R_Aᵀ. R is
+    a root of the factor's Gram matrix, or of its QR decomposition where that would lose digits.
 
     Args:
         A: factor of shape (rank, in), or (E, rank, in) for a stack.
@@ -36,10 +40,25 @@ def singular_values(
     if not (np.isfinite(down).all() and np.isfinite(up).all() and np.isfinite(scale)):
         k = min(up.shape[-2], up.shape[-1], down.shape[-1])
         return np.full((*up.shape[:-2], k), np.nan)
-    R_B = np.linalg.qr(up, mode="r")  # (*, min(out, r), r)
-    R_A = np.linalg.qr(np.swapaxes(down, -1, -2), mode="r")  # (*, min(in, r), r)
+    R_B = _root(up)  # (*, min(out, r), r)
+    R_A = _root(np.swapaxes(down, -1, -2))  # (*, min(in, r), r)
     small = R_B @ np.swapaxes(R_A, -1, -2)
-    return np.linalg.svd(small, compute_uv=False) * abs(scale)
+    return np.asarray(np.linalg.svd(small, compute_uv=False)) * abs(scale)
+
+
+def _root(tall: Floats) -> Floats:
+    """R with RᵀR = tallᵀ tall, of as many rows as a QR decomposition has. tall (*, n, r)"""
+    n, r = tall.shape[-2:]
+    if n > r and r:
+        gram = np.zeros((*tall.shape[:-2], r, r))
+        for i in range(0, n, _ROWS):
+            part = tall[..., i : i + _ROWS, :]
+            gram += np.swapaxes(part, -1, -2) @ part  # (*, r, r)
+        values, vectors = np.linalg.eigh(gram)  # (*, r), (*, r, r)
+        if (values[..., 0] > _SMALLEST * values[..., -1]).all():
+            root: Floats = np.sqrt(values)[..., :, None] * np.swapaxes(vectors, -1, -2)
+            return root
+    return np.asarray(np.linalg.qr(tall, mode="r"))
 
 
 def update_norm(

@@ -79,11 +79,6 @@ class Form:
                 found |= changed
         return {name: axes for name, axes in found.items() if axes}
 
-    def __str__(self) -> str:
-        """As it is written, in the order of the variant's words."""
-        sizes = [f"{n}{'x'.join(map(str, self.sizes[n]))}" for n in _SIZES if n in self.sizes]
-        return "+".join([*sorted(self.words), *sizes])
-
 
 @cache
 def parse_form(variant: str, text: str) -> Form | None:

@@ -208,7 +208,8 @@ def make_plan(
 
 
 def _planned(target: Target, weight: Weight, asked: Settings, pattern: str) -> PlannedTarget:
-    settings = asked.capped(target.region.matrix(weight.shape))
+    matrix = target.region.matrix(weight.shape)
+    settings = asked.capped(matrix).over_kernel(matrix, math.prod(weight.shape[2:]))
     rank = asked.rank if settings.rank != asked.rank else None
     return PlannedTarget(target, weight, settings, pattern, asked=rank)
 

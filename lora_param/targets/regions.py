@@ -87,6 +87,18 @@ class Region:
         lead = 2 if self.stacked else 1
         return (*shape[:lead], prod(shape[lead:]))
 
+    def flat(self, weight: tuple[int, ...]) -> Range | None:
+        """The range of the flattened weight that the region is; None where it is none.
+
+        >>> Region(rows=(1, 3)).flat((4, 5)), Region(columns=(0, 2)).flat((4, 5))
+        ((5, 15), None)
+        """
+        if self.picked is not None or self.columns is not None:
+            return None
+        start, stop = self.rows or (0, weight[0] if weight else 1)
+        width = prod(weight[1:])
+        return start * width, stop * width
+
     def overlaps(self, other: Region) -> bool:
         """Some element belongs to both regions."""
 

@@ -263,6 +263,23 @@ class Settings:
         """What multiplies B @ A."""
         return scale_of(self.alpha, self.rank, self.scaling)
 
+    def over_kernel(self, matrix: tuple[int, ...], kernel: int) -> Settings:
+        """With LoKr's first matrix over a convolution's inputs alone, as other tools have it.
+
+        Args:
+            matrix: the target's (out, in·kernel).
+            kernel: elements of the kernel.
+
+        >>> Settings(variant="lokr").over_kernel((8, 54), 9).form
+        'left2x2'
+        """
+        if self.variant != "lokr" or kernel == 1 or "left" in self.parsed_form.sizes:
+            return self
+        sizes = sizes_of(Form(), 1, matrix[-2], matrix[-1] // kernel)
+        assert sizes is not None
+        left = f"left{sizes['left_out']}x{sizes['left_in']}"
+        return replace(self, form=f"{self.form}+{left}" if self.form else left)
+
     @property
     def parsed_form(self) -> Form:
         """The form, read."""

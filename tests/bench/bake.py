@@ -10,17 +10,22 @@ process of its own, whose imports are not counted, in turns:
 - `ours`: `lora_param.bake_checkpoint`, all its checks and the report included, with `sync=False`;
 - `cp -r, sync` and `ours, synced`: both until the data are on the disk.
 
-The page cache is warm: the files were just written, and are read once before each turn. `GB/s` is
-of the base's size. `anon MiB` is by how much the anonymous memory grew at the most, looked at every
-few milliseconds (pages of mapped files are the kernel's to drop and do not count); with `--scaled`
-a base four times as large is measured as well.
+The page cache is warm: the files were just written, and are read once before each turn. In the cold
+cases, without those that sync, the kernel is asked to drop what it has of the base before each turn
+(it does where the data are on the disk). `GB/s` is of the base's size; `CPU` is the ratio of the
+seconds of all cores, which other processes disturb less than the time. `anon MiB` is by how much
+the anonymous memory grew at the most, looked at every few milliseconds (pages of mapped files are
+the kernel's to drop and do not count); with `--scaled` a base four times as large is measured too.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -183,8 +189,25 @@ def watched(found: list[int]) -> Iterator[None]:
         found.append(max(peak, anonymous()) - before)
 
 
-def run_here(way: str, folder: Path) -> None:
-    """One contender, in this process; prints its seconds, and the bytes of a second run."""
+def cpu_seconds() -> float:
+    """Seconds of all cores, of this process and of those that it waited for."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
+
+
+def read_or_drop(path: Path, *, cold: bool) -> None:
+    """Have the kernel hold a file's data, or let go of them."""
+    with path.open("rb", buffering=0) as file:
+        if cold:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return
+        while file.read(1 << 24):
+            pass
+
+
+def run_here(way: str, folder: Path, *, cold: bool) -> None:
+    """One contender, in this process: prints seconds, bytes, and seconds of all cores."""
     torch.set_num_threads(2)
     lp.bake_checkpoint, lp.read_adapter  # noqa: B018  imported before the clock starts
     import lora_param.checkpoint.output  # noqa: F401
@@ -193,25 +216,24 @@ def run_here(way: str, folder: Path) -> None:
         import peft  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
     for path in sorted((folder / "base").iterdir()):
-        with path.open("rb", buffering=0) as file:
-            while file.read(1 << 24):
-                pass
+        read_or_drop(path, cold=cold)
     out, found = folder / "out", []
     gc.collect()
     with watched(found):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), cpu_seconds()
         WAYS[way](folder, out)
-        seconds = time.perf_counter() - start
-    print(json.dumps([seconds, found[0]]))
+        seconds, used = time.perf_counter() - start, cpu_seconds() - used
+    print(json.dumps([seconds, found[0], used]))
 
 
-def run_apart(way: str, folder: Path) -> tuple[float, float]:
-    """One contender, in a process of its own: seconds and bytes."""
+def run_apart(way: str, folder: Path, *, cold: bool = False) -> tuple[float, float, float]:
+    """One contender, in a process of its own: seconds, bytes, and seconds of all cores."""
     line = [sys.executable, __file__, "--worker", way, "--directory", str(folder)]
+    line += ["--cold"] * cold
     done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(folder / "out")
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
+    seconds, peak, used = json.loads(done.stdout.splitlines()[-1])
+    return seconds, peak, used
 
 
 def main() -> None:
@@ -219,42 +241,53 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2100, help="of the base in MB; default: 2100")
     parser.add_argument("--scaled", action="store_true", help="memory at four times the size, too")
     parser.add_argument("--directory", type=Path, help="where to work; default: a temporary one")
+    parser.add_argument("--cold", action="store_true", help="the files not in memory, too")
     parser.add_argument("--worker", choices=WAYS, help="internal: run one contender here")
     args = parse(parser)
     if args.worker:
-        run_here(args.worker, args.directory)
+        run_here(args.worker, args.directory, cold=args.cold)
         return
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         for case in args.cases:
             folder, shards = Path(name) / case, SHARDS if case == "four shards" else 1
             make_files(folder, args.size, shards)
-            rows += measure(folder, case, args.rounds)
+            for cold in (False, True) if args.cold else (False,):
+                rows += measure(folder, case, args.rounds, cold=cold)
             shutil.rmtree(folder)
         if args.scaled:
             make_files(Path(name) / "large", 4 * args.size, SHARDS)
-            seconds, peak = run_apart("ours", Path(name) / "large")
+            seconds, peak, _ = run_apart("ours", Path(name) / "large")
             more = {"anon MiB": peak / MIB}
             rows.append(Row("four times the size", "ours", seconds * 1e3, "ms", None, None, more))
     show("bake", rows, [], as_json=args.json)
 
 
-def measure(folder: Path, case: str, rounds: int) -> list[Row]:
+def measure(folder: Path, case: str, rounds: int, *, cold: bool) -> list[Row]:
     size = sum(p.stat().st_size for p in (folder / "base").iterdir())
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    peaks = dict.fromkeys(WAYS, 0.0)
-    for way in rotated(list(WAYS), rounds):
-        seconds, peak = run_apart(way, folder)
+    ways = [way for way in WAYS if not (cold and "sync" in way)]
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    cores: dict[str, list[float]] = {way: [] for way in ways}
+    peaks = dict.fromkeys(ways, 0.0)
+    for way in rotated(ways, rounds):
+        seconds, peak, used = run_apart(way, folder, cold=cold)
         times[way].append(seconds)
+        cores[way].append(used)
         peaks[way] = max(peaks[way], peak / MIB)
     more = {
-        way: {"GB/s": size / 1e9 / sorted(mine)[len(mine) // 2], "anon MiB": peaks[way]}
+        way: {
+            "CPU": statistics.median(map(truediv, cores[way], cores["cp -r"])),
+            "GB/s": size / 1e9 / statistics.median(mine),
+            "anon MiB": peaks[way],
+        }
         for way, mine in times.items()
     }
     rows: list[Row] = []
     for synced in (False, True):
         own = {way: mine for way, mine in times.items() if ("sync" in way) is synced}
-        rows += ratios_of(f"{case}{', synced' * synced}", own, next(iter(own)), more)
+        if own:
+            name = f"{case}{', cold' * cold}{', synced' * synced}"
+            rows += ratios_of(name, own, next(iter(own)), more)
     return rows
 
 

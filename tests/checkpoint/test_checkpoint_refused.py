@@ -4,9 +4,13 @@ import warnings
 
 import pytest
 import torch
+from draws import draws
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import lora_param as lp
+from lora_param.checkpoint.base import packed_reason, packed_reasons
 from lora_param.errors import UnsuitableWeightError
 
 W = torch.arange(48.0).reshape(8, 6)
@@ -96,3 +100,24 @@ def test_18_beside_the_targets_they_stay_as_they_are(kind, dtype, adapter, tmp_p
         assert torch.equal(written.int_repr(), value.int_repr())
     else:
         assert torch.equal(written.to_dense().to(value.dtype), value.to_dense())
+
+
+BESIDE = ["", "_scale", "_scales", ".absmax", ".scales", ".qzeros", "_packed"]
+BESIDE += [".quant_state.bitsandbytes__nf4", ".weight_packed", ".scale_weight"]
+
+
+@draws(80)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b.c"]),
+            st.sampled_from(["", ".weight", ".qweight", ".bias"]),
+            st.sampled_from(BESIDE),
+        ).map("".join),
+        max_size=8,
+    )
+)
+def test_reasons_of_all_names_at_once_are_those_of_each(names: list[str]) -> None:
+    every = dict.fromkeys(names, 0)
+    each = {name: packed_reason(name, every) for name in every}
+    assert packed_reasons(every) == {name: reason for name, reason in each.items() if reason}

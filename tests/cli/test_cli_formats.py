@@ -109,3 +109,10 @@ def test_alpha_for_a_file_that_says_it_is_refused(cli: Cli) -> None:
     found = cli("stats", "a.safetensors", "--alpha", "3")
     assert found.status == 1
     assert "native has no use for it" in found.err
+
+
+@pytest.mark.parametrize("more", [(), ("--lossy",)])
+def test_a_format_that_is_none_is_an_error_that_lists_them(cli: Cli, more: tuple[str, ...]) -> None:
+    found = cli("convert", "a.safetensors", "--to", "another", "-o", "b.safetensors", *more)
+    assert found.status == 1
+    assert all(name in found.err for name in FORMATS)

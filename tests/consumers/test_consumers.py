@@ -416,3 +416,18 @@ def test_every_rule_can_be_read_and_names_its_source(tmp_path):
         assert r.mend.format_map(facts)
         assert r.says.format_map(facts)
         r.holds(facts)  # each fact that it asks for is gathered
+
+
+def test_other_methods_of_peft_are_whole_and_taken_by_peft_alone(tmp_path):
+    half = {f"hada_w{i}_{x}": (32, 4) if x == "a" else (4, 32) for i in "12" for x in "ab"}
+    tensors = {
+        f"{P.format(0, 'q_proj')}.{name}": np.ones(shape, np.float32)
+        for name, shape in half.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LOHA", "r": 4, "alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    findings = judge(gather(tmp_path), CONSUMERS)
+    assert not [f for f in findings if f.consumer in (ITSELF, "peft", "transformers")]
+    refused = {f.consumer for f in findings if "PEFT's LOHA" in f.says}
+    assert refused == {"vllm", "sglang", "llama.cpp", "ollama", "diffusers", "comfyui"}

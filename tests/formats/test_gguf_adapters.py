@@ -278,3 +278,27 @@ def test_on_a_live_model_outputs_are_those_of_the_baked_file(kind: str, tmp_path
     found = {t.name: np.array(t.data) for t in other.tensors}
     for t in one.tensors:
         assert np.array_equal(found[t.name], np.array(t.data)), t.name
+
+
+def test_of_a_tied_pair_the_embedding_alone_is_adapted(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+    )
+    path = rewritten(
+        theirs(tmp_path / "a.gguf"), lambda ts: {n: t for n, t in ts.items() if "token" in n}
+    )
+    model = transformers.LlamaForCausalLM(config)
+    head = model.lm_head.weight.detach().clone()
+    lp.load(model, path)
+    A, B = factors()["model.embed_tokens.weight"]
+    assert torch.equal(model.lm_head.weight.detach(), head)
+    found = model.model.embed_tokens.weight.detach() - head
+    torch.testing.assert_close(found, 2.5 * (B @ A), rtol=0, atol=2e-6)

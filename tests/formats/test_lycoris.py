@@ -221,19 +221,25 @@ def test_parts_and_other_layers_have_no_form_there(tmp_path: Path) -> None:
         lp.save(net, tmp_path / "a.safetensors", format="lycoris")
 
 
+def test_a_first_matrix_over_parts_of_a_kernel_is_refused(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3)})
+    lp.apply(net, ["conv"], rank=1, variant="lokr", form="left2x9")
+    with pytest.raises(NoFormError, match=r"9 columns, does not divide 4 inputs"):
+        lp.save(net, tmp_path / "a.safetensors", format="lycoris")
+
+
 @pytest.mark.parametrize("variant", ["loha", "lokr"])
 def test_what_was_trained_here_is_written_for_lycoris(variant: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = nn.ModuleDict({"fc": nn.Linear(6, 8), "conv": nn.Conv2d(4, 6, 3)})
-    form = "left2x2" if variant == "lokr" else ""
-    lp.apply(net, ["fc", "conv"], rank=2, variant=variant, form=form)
+    net = nn.ModuleDict({"fc": nn.Linear(6, 8), "conv": nn.Conv2d(15, 6, 3)})
+    lp.apply(net, ["fc", "conv"], rank=2, variant=variant)
     with torch.no_grad():
         for p in lp.parameters(net):
             p.normal_()
     wanted = lp.merged_state_dict(net)
     lp.save(net, tmp_path / "a.safetensors", format="lycoris")
     torch.manual_seed(0)
-    again = nn.ModuleDict({"fc": nn.Linear(6, 8), "conv": nn.Conv2d(4, 6, 3)})
+    again = nn.ModuleDict({"fc": nn.Linear(6, 8), "conv": nn.Conv2d(15, 6, 3)})
     found = lp.merged_state_dict(lp.load(again, tmp_path / "a.safetensors"))
     assert all(torch.equal(found[k], t) for k, t in wanted.items())
 

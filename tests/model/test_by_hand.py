@@ -50,7 +50,7 @@ def registered(case: Case) -> nn.Module:
         for key, target in record.targets.items():
             options = {
                 name: getattr(target.settings, name)
-                for name in ("rank", "alpha", "scaling", "dropout", "init", "variant")
+                for name in ("rank", "alpha", "scaling", "dropout", "init", "variant", "form")
             }
             path, _, tensor = target.target.name.rpartition(".")
             W = getattr(model.get_submodule(path), tensor)

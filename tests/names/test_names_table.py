@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from lora_param.errors import NameRuleError
-from lora_param.names.table import Part, default_names, parse_names, read_names
+from lora_param.names.resolve import Here, resolve
+from lora_param.names.table import Part, default_names, names_of, parse_names, read_names
 
 
 def test_the_packaged_rules_can_be_read():
@@ -27,6 +31,10 @@ def test_the_packaged_rules_can_be_read():
         ("*.a = *.b | *.c ; interleaved", "of equal size"),
         ("*.a = *.b ; sideways", "'sideways' is none of"),
         ("*.a = *.b ; only", "followed by a model_type"),
+        ("path a.b", "it is not 'path OTHER = OWN'"),
+        ("path a.#.b = c", "both sides have as many '#'"),
+        ("path *.b = c", "is no row of segments"),
+        ("path a b = c", "is no row of segments"),
     ],
 )
 def test_a_line_that_is_no_rule_is_shown_with_its_number(line, why):
@@ -69,3 +77,51 @@ def test_what_a_part_matches(text, name, found):
 
 def test_the_last_segment_is_never_taken_for_a_prefix():
     assert default_names().canonical("base_model.model") == "model"
+
+
+SD_NAMES = json.loads(
+    (Path(__file__).parents[1] / "formats" / "tools" / "sd-names.json").read_text()
+)
+
+
+@pytest.mark.parametrize("model", SD_NAMES)
+def test_every_alias_of_a_name_is_the_same_name(model):
+    names = default_names()
+    for first, own in SD_NAMES[model].items():
+        assert names.canonical(own) == own
+        aliases = names.aliases(own)
+        assert {names.canonical(a) for a in aliases} == {own}
+        assert any(a.endswith(first) for a in aliases), (first, aliases)
+
+
+@pytest.mark.parametrize(
+    ("tool", "theirs", "ours"),
+    [
+        ("torchtune", "layers.3.attn.output_proj", "layers.3.self_attn.o_proj"),
+        ("torchtune", "layers.3.mlp.w2", "layers.3.mlp.down_proj"),
+        ("torchtune", "output", "lm_head"),
+        ("llama.cpp", "blk.11.attn_k", "layers.11.self_attn.k_proj"),
+        ("llama.cpp", "blk.0.ffn_gate_inp", "layers.0.mlp.gate"),
+        ("llama.cpp", "token_embd", "embed_tokens"),
+    ],
+)
+def test_names_of_one_tool_are_known_for_its_files_alone(tool, theirs, ours):
+    names = names_of(tool)
+    assert names.canonical(theirs) == ours == names.canonical(f"model.{ours}")
+    assert theirs in names.aliases(f"model.{ours}")
+    assert default_names().canonical(theirs) == theirs
+
+
+def test_a_part_of_a_pipeline_is_left_out_where_the_base_is_that_part():
+    base = ["down.q.weight"]
+    assert resolve(["unet.down.q.weight"], base).places["unet.down.q.weight"] == Here(base[0])
+    both = ["unet.other.weight", "down.q.weight"]
+    assert resolve(["unet.down.q.weight"], both).missing == ["unet.down.q.weight"]
+
+
+def test_a_path_of_a_users_own(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("path stage.#.mix = blocks.#.attn  # theirs, ours\n")
+    names = read_names(path)
+    assert names.canonical("a.stage.12.mix.weight") == "a.blocks.12.attn.weight"
+    assert names.canonical("a.stage.x.mix.weight") == "a.stage.x.mix.weight"

@@ -53,3 +53,16 @@ def test_zero_and_non_finite_factors():
     norm, rank, spectrum = measure(A, B, 1.0)
     assert np.isnan([norm, rank, *spectrum]).all()
     assert np.isnan(update_norm(A, np.full((3, 2), np.inf), 1.0))
+
+
+@pytest.mark.parametrize("rows", [50, 3000])
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-9])
+def test_small_directions_keep_their_digits(rows, spread):
+    """Gram matrices square what lies between the directions: where it is much, QR is taken."""
+    U, _ = np.linalg.qr(rng.normal(size=(rows, 3)))
+    V, _ = np.linalg.qr(rng.normal(size=(40, 3)))
+    turned, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    expected = np.array([1.0, spread**0.5, spread])
+    A, B = turned @ V.T, (U * expected) @ turned.T
+    np.testing.assert_allclose(singular_values(A, B, 1.0), expected, rtol=1e-6)
+    assert update_norm(A, B, 2.0) == pytest.approx(2 * np.linalg.norm(expected), rel=1e-12)

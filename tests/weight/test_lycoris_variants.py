@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lora_param.errors import OptionError
+import lora_param as lp
+from lora_param.errors import MismatchError, OptionError
 from lora_param.targets.settings import Settings
 from lora_param.weight.update import Deferred, make_update, merge
 from lora_param.weight.variants import variant_of
@@ -181,6 +183,17 @@ def test_rotations_of_columns(form: str) -> None:
 def test_a_form_that_there_is_not_is_refused(variant: str, form: str) -> None:
     with pytest.raises(OptionError, match="form"):
         Settings(variant=variant, form=form)
+
+
+def test_a_file_of_another_form_is_not_loaded_over_it(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(6, 4)
+    lp.save(
+        lp.apply(layer, "weight", rank=2, variant="lokr", form="full"), tmp_path / "a.safetensors"
+    )
+    lp.remove(layer)
+    lp.apply(layer, "weight", rank=2, variant="lokr")
+    with pytest.raises(MismatchError, match="lokr of form 'full' in the file, '' here"):
+        lp.load(layer, tmp_path / "a.safetensors")
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_param.checkpoint.unpickling import load_pickle
 from lora_param.errors import BrokenFileError, listed
 from lora_param.files.header import read_header
+from lora_param.files.places import fetched
 from lora_param.files.safetensors import SafetensorsFile
 from lora_param.formats.peft.config import PeftConfig, read_config
 from lora_param.formats.peft.keys import looks_peft
@@ -107,7 +108,7 @@ def open_source(path: Path) -> Source:
 def _open(weights: Path) -> Mapping[str, Tensor]:
     if weights.suffix.lower() == ".safetensors":
         return SafetensorsFile(weights)
-    content = load_pickle(weights)
+    content = load_pickle(fetched(weights))
     import torch
 
     tensors = isinstance(content, Mapping) and all(

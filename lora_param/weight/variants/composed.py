@@ -76,7 +76,7 @@ class Composed(Variant):
             return None
         A, B = found
         m, n = W.shape[-2:]
-        if A.shape[-2] * (m + n) > m * n:  # larger than what it makes
+        if A.shape[-2] > min(m, n):  # of no lower rank than what it makes
             return None
         if not self.of_rows:
             return Lowered(None, A, B, scale * strength)
