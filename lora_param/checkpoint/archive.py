@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -200,17 +202,28 @@ def data_starts(load: Callable[[], Iterable[Tensor]]) -> list[int]:
     Args:
         load: loads the tensors with torch.load and `map_location="meta"`, which reads no data.
     """
+    with nullcontext() if _told_on_meta() else _fake_mode():
+        starts = [getattr(t.untyped_storage(), "_checkpoint_offset", None) for t in load()]
+    return [-1 if start is None else start for start in starts]
 
-    def starts() -> list[int | None]:
-        return [getattr(t.untyped_storage(), "_checkpoint_offset", None) for t in load()]
 
-    found = starts()
-    if None in found:  # an older torch notes it in this mode alone, a second's import
-        from torch._subclasses.fake_tensor import FakeTensorMode
+@cache
+def _told_on_meta() -> bool:
+    """This torch notes where a storage is in a file when it loads it to the meta device."""
+    import torch
 
-        with FakeTensorMode():
-            found = starts()
-    return [-1 if start is None else start for start in found]
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="meta", weights_only=True)
+    return getattr(loaded.untyped_storage(), "_checkpoint_offset", None) is not None
+
+
+def _fake_mode() -> AbstractContextManager[Any]:
+    """In which older torch notes it; its import takes a second."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
 
 
 def _uses(content: Any) -> dict[int, list[Tensor]]:

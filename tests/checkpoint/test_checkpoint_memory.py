@@ -25,6 +25,7 @@ def anonymous():
 torch.set_num_threads(2)
 base, adapter, out = sys.argv[1:]
 import lora_param.checkpoint.bake
+import torch._subclasses.fake_tensor  # older torch needs it for archives
 before = peak = anonymous()
 over = threading.Event()
 def watch():

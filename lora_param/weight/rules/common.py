@@ -32,7 +32,7 @@ def lowered(value: Any) -> NormalForm | None:
     form = lowered_as_stored(value)
     if form is None or storage_of(form.base) is None:
         return form
-    return form._replace(base=dense(form.base))
+    return NormalForm(dense(form.base), form.updates, form.alpha)
 
 
 def lowered_as_stored(value: Any) -> NormalForm | None:

@@ -62,7 +62,7 @@ def product(x: Tensor, V: NormalForm, bias: Tensor | None) -> Tensor:
     if (
         V.alpha is not None
     ):  # x as one matrix: torch does this only where W trains, and the bits differ
-        y = composed(x.reshape(-1, x.shape[-1]), V._replace(base=W), bias)
+        y = composed(x.reshape(-1, x.shape[-1]), NormalForm(W, V.updates, V.alpha), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
     return factored_linear(x, W, bias, V.updates)
 
