@@ -79,8 +79,13 @@ def test_attached_they_are_the_copies_bit_for_bit(dtype: torch.dtype) -> None:
         found = getattr(net.get_submodule(module), leaf)
         assert torch.equal(found.build() if hasattr(found, "build") else found, tensor), name
     assert torch.equal(net(IDS), wanted(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_compiled_they_are_the_copies(dtype: torch.dtype) -> None:
+    net = lp.attach(Net(dtype), record())
     compiled = torch.compile(net, backend="eager")(IDS)  # where the strength is a tensor
-    torch.testing.assert_close(compiled, wanted(IDS))
+    torch.testing.assert_close(compiled, replaced(dtype)(IDS))
 
 
 def test_they_toggle_by_name_and_removing_restores() -> None:
