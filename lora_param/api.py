@@ -24,7 +24,7 @@ from lora_param.arithmetic.combine import Compressed
 from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.fit import host_of as checkpoint_host
 from lora_param.checkpoint.open import open_checkpoint
-from lora_param.errors import NoAdapterError, OptionError, OutputError, worded
+from lora_param.errors import NoAdapterError, NoFormError, OptionError, OutputError, worded
 from lora_param.formats import (
     format_named,
     is_adapter,
@@ -473,14 +473,31 @@ def convert(
     def written(record: Adapter, host: Host | None) -> Adapter:
         record.check_finite()
         if lossy:
-            record = _nearest(record, written_as, host, rank, report)
+            kept = _nearest(record, written_as, host, rank, report)
+            if not kept.targets:
+                raise NoFormError(
+                    record.source,
+                    f"{len(record.targets)} targets",
+                    f"of which {to} has a form for none, not even an approximate one",
+                    "bake it (lora-param bake)",
+                )
+            record = kept
         write_adapter(record, out, to, force=force, sync=sync)
         unsaid = written_as.unsaid(record)
         return replace(record, notes=(*record.notes, unsaid)) if unsaid else record
 
     if isinstance(base, (str, os.PathLike)):
         with open_checkpoint(base, key) as checkpoint:
+            given = {t.target.name for t in record.targets.values()}
             record = check_checkpoint(record, checkpoint, check_fingerprint=check_fingerprint)
+            other = [n for t in record.targets.values() if (n := t.target.name) not in given]
+            if other and record.format == to == "peft":
+                raise NoFormError(
+                    record.source,
+                    "the names of a live model",
+                    f"which {base} stores under others ({other[0]}) that PEFT would not find",
+                    f"give the live model ({worded('base=model', '--base python:...')})",
+                )
             return written(_at_hand(record, host := checkpoint_host(checkpoint)), host)
     if base is not None:
         from lora_param.model.record import check_base, host_of

@@ -6,6 +6,7 @@ Read without torch, but for a file of torch.save (`adapter_model.bin`).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -169,6 +170,11 @@ def _config(path: Path) -> dict[str, Any]:
         raise BrokenFileError(path, str(error)) from None
     if not isinstance(config, dict):
         raise BrokenFileError(path, f"it holds a {type(config).__name__}, not an object")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and math.isfinite(value)):
+            raise BrokenFileError(path, f"its {name} is {value!r:.80}, which is no number")
     return {k: v for k, v in config.items() if v is not None}
 
 
@@ -177,6 +183,8 @@ def _of_file(path: Path, weights: Path, config: dict[str, Any]) -> Contents:
         file = SafetensorsFile(weights)
         shapes = {name: entry.shape for name, entry in file.header.entries.items()}
         arrays: dict[str, Array] = {name: partial(file.array, name) for name in shapes}
+        if not shapes:
+            raise BrokenFileError(weights, "it holds no tensor")
         return Contents(path, config, shapes, arrays, file.header.metadata)
     with open_checkpoint(weights) as checkpoint:
         shapes = {name: w.shape for name, w in checkpoint.weights.items()}
