@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import ClassVar
 
-from lora_param.printing import Printed
+from lora_param.printing import Drawn
 
 __all__ = ["Diff", "Difference"]
 
@@ -40,7 +38,7 @@ class Difference:
 
 
 @dataclass(frozen=True, repr=False)
-class Diff(Printed):
+class Diff(Drawn):
     """What `diff` found. It prints itself.
 
     Attributes:
@@ -53,6 +51,7 @@ class Diff(Printed):
     """
 
     view: ClassVar[str] = "diff_view"
+    page: ClassVar[tuple[str, str]] = ("compared", "compared_page")
 
     a: str
     b: str
@@ -77,32 +76,6 @@ class Diff(Printed):
             "notes": list(self.notes),
             "differences": [asdict(row) for row in self.rows],
         }
-
-    def to_html(self) -> str:
-        """A page with heat maps of layer × projection and all values in a table.
-
-        It needs nothing else, as the page of `Stats`.
-
-        Raises:
-            MissingPackageError: Matplotlib is not installed (`pip install 'lora_param[report]'`).
-        """
-        text: str = import_module("lora_param.report.page.compared").compared_page(self)
-        return text
-
-    def write_html(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write what `to_html` gives to a file, atomically.
-
-        Args:
-            path: where it goes.
-            force: replace a page that exists.
-
-        Raises:
-            MissingPackageError: Matplotlib is not installed.
-            OutputError: the file exists (without force) or is no page, or cannot be written.
-        """
-        rendering = import_module("lora_param.report.page.rendering")
-        rendering.check_page(path, force=force)
-        rendering.write_page(path, self.to_html(), force=force)
 
     def __repr__(self) -> str:
         found = "the same" if self.same else f"{len(self.rows)} differ"

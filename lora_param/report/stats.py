@@ -6,12 +6,10 @@ Needs neither torch nor numpy, nor, until it is printed, Rich.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import ClassVar
 
-from lora_param.printing import Printed
+from lora_param.printing import Drawn
 from lora_param.report import figures
 
 __all__ = ["Stats", "TargetRow", "WeightRow"]
@@ -136,7 +134,7 @@ class WeightRow:
 
 
 @dataclass(frozen=True)
-class Stats(Printed):
+class Stats(Drawn):
     """What is in a model, an adapter, or both, as text, as data and as a page.
 
     It prints itself; `to_dict` gives plain data, `to_html` and `write_html` a page.
@@ -165,6 +163,7 @@ class Stats(Printed):
     unfrozen: int = 0
     name: str = ""
     view: ClassVar[str] = "stats_view"
+    page: ClassVar[tuple[str, str]] = ("document", "page")
 
     @property
     def trainable(self) -> int:
@@ -213,30 +212,3 @@ class Stats(Printed):
             parts[1] += f" of {self.base:,} ({figures.percent(self.percent)})"
         odd = {"still zero": self.dead, "disabled": self.disabled}
         return f"<Stats: {', '.join(parts + [f'{len(v)} {k}' for k, v in odd.items() if v])}>"
-
-    def to_html(self) -> str:
-        """A page with heat maps of layer × projection, spectra and all values in a table.
-
-        It needs nothing else: no script, no network. It follows the reader's light or dark mode
-        and prints.
-
-        Raises:
-            MissingPackageError: Matplotlib is not installed (`pip install 'lora_param[report]'`).
-        """
-        text: str = import_module("lora_param.report.page.document").page(self)
-        return text
-
-    def write_html(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write what `to_html` gives to a file, atomically.
-
-        Args:
-            path: where it goes.
-            force: replace a page that exists.
-
-        Raises:
-            MissingPackageError: Matplotlib is not installed.
-            OutputError: the file exists (without force) or is no page, or cannot be written.
-        """
-        rendering = import_module("lora_param.report.page.rendering")
-        rendering.check_page(path, force=force)
-        rendering.write_page(path, self.to_html(), force=force)

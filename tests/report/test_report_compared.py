@@ -80,6 +80,10 @@ def test_nothing_differs(checkpoints: tuple[Path, Path]) -> None:
     assert ">yes<" in text
 
 
+def test_its_notes_are_on_it() -> None:
+    assert ">read as float32<" in Diff("a", "b", "baked", (), 1, ("read as float32",)).to_html()
+
+
 def test_names_of_others_are_text() -> None:
     rows = (Difference(HOSTILE, HOSTILE), Difference("a", norm=math.nan, ratio=math.inf))
     page = Page(Diff(HOSTILE, HOSTILE, "checkpoints", rows, 2).to_html())
