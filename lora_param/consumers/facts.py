@@ -18,10 +18,12 @@ from lora_param.consumers.contents import PARTS, Contents, Module, read_contents
 from lora_param.errors import BrokenFileError, listed
 from lora_param.files.places import place
 from lora_param.formats.kohya import flat_names
+from lora_param.formats.peft.patterns import chosen_modules
 from lora_param.formats.portable import SERVED_RANKS
 from lora_param.names.flat import aliased, flattened
 from lora_param.names.resolve import resolve
 from lora_param.names.table import Names, default_names, names_of
+from lora_param.targets.lora_config import names_module
 from lora_param.targets.weights import Weight
 
 __all__ = ["gather"]
@@ -156,6 +158,8 @@ def _of_config(source: Contents) -> dict[str, Any]:
     scales: list[float] = []
     unequal: list[str] = []
     settings = _settings(source)
+    chosen = chosen_modules(config, source.path) if kind == "peft" else {}
+    not_chosen: list[str] = []
     for name, m in modules.items():
         if not {"A", "B"} <= m.tensors.keys():
             continue
@@ -163,6 +167,9 @@ def _of_config(source: Contents) -> dict[str, Any]:
         module = name.removeprefix("base_model.model.")
         is_stack = any(_is_stack(module, p) for p in parameters)
         held = A[0] if kind != "native" or len(A) == 2 else A[-2]
+        is_pefts = module != name and not is_stack
+        if is_pefts and not names_module(chosen, module.partition(".base_layer")[0]):
+            not_chosen.append(name)
         if is_stack:
             stacks.append(name)
             square = square or A[-1] == B[0]
@@ -214,6 +221,7 @@ def _of_config(source: Contents) -> dict[str, Any]:
         "open_layout": not version and square,
         **_counted("rank_mismatches", unequal),
         **_counted("config_rank_mismatches", mismatches),
+        **_counted("not_chosen", not_chosen),
         **_counted("scale_patterns", differing),
         **_counted("alpha_patterns", own_alpha),
         **_counted("stacks", stacks),

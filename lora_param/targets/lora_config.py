@@ -15,7 +15,7 @@ from lora_param.targets.options import read_options
 from lora_param.targets.settings import Settings, SettingsOptions
 from lora_param.targets.weights import Weight
 
-__all__ = ["LoraConfig", "chosen_by", "config_of", "read_lora_config"]
+__all__ = ["LoraConfig", "chosen_by", "config_of", "names_module", "read_lora_config"]
 
 LoraConfig = Mapping[str, Any]
 """A `peft.LoraConfig`, which is not imported, or its dict."""
@@ -165,8 +165,7 @@ def _modules(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> list[t
     else:
         chosen = [m for m in modules if _matcher(wanted)(m)]
         _check_all_used(wanted, chosen)
-    left = _matcher(config.get("exclude_modules") or ())
-    chosen = [m for m in chosen if not left(m) and _in_layers(config, m)]
+    chosen = [m for m in chosen if names_module(config, m) and _in_layers(config, m)]
     found = []
     for module in chosen:
         found += [(w.name, module) for w in modules[module]]
@@ -174,6 +173,25 @@ def _modules(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> list[t
         if modules[module][0].name.endswith("in_proj_weight") and inner in modules:
             found.append((f"{inner}.weight", module))
     return list(dict.fromkeys(found))
+
+
+def names_module(config: Mapping[str, Any], module: str) -> bool:
+    """`target_modules` and `exclude_modules` of a config leave this module in.
+
+    Where they say "all-linear", or nothing, its class decides: True. The output of a
+    MultiheadAttention comes with it.
+
+    Raises:
+        re.error: one of them is an expression that cannot be read.
+
+    >>> names_module({"target_modules": ["q"]}, "a.q"), names_module({"target_modules": "a"}, "a.q")
+    (True, False)
+    """
+    wanted = config.get("target_modules")
+    names = {module, module.removesuffix(".out_proj")}
+    if wanted and str(wanted).lower() != "all-linear" and not any(map(_matcher(wanted), names)):
+        return False
+    return not _matcher(config.get("exclude_modules") or ())(module)
 
 
 def _matcher(wanted: str | Iterable[str]) -> Callable[[str], bool]:

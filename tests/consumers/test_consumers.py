@@ -180,6 +180,7 @@ CORPUS = [
         both(
             add(f"{EXPERTS}.0.w1.lora_A.weight", 8, 32),
             add(f"{EXPERTS}.0.w1.lora_B.weight", 16, 8),
+            set_config(target_modules=["q_proj", "v_proj", "w1"]),
         ),
         {"vllm": "differs", "sglang": "differs"},
         "updates are of single experts",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft_cases import CASES, base_of, saved
@@ -96,6 +99,38 @@ def test_two_adapters_in_one_directory(adapter: Path, tmp_path: Path) -> None:
 def test_a_rank_that_disagrees_with_the_tensors(adapter: Path, tmp_path: Path) -> None:
     configure(adapter, r=4)
     refuse(adapter, r"tensors of square are of rank 2, its config says 4", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["wide"]},
+        {"target_modules": "squar"},  # an expression is for the whole name
+        {"exclude_modules": ["square"]},
+    ],
+    ids=str,
+)
+def test_modules_that_peft_would_leave_out(
+    adapter: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    configure(adapter, **changes)
+    adapted: list[str] = []
+    with warnings.catch_warnings(), suppress(ValueError):  # PEFT's, where no target is left
+        warnings.simplefilter("ignore")
+        wrapped = peft.PeftModel.from_pretrained(base_of(CASES["square"]), adapter)
+        adapted = [name for name, _ in wrapped.named_modules() if name.endswith("lora_A")]
+    assert not any("square" in name for name in adapted)
+    refuse(adapter, r"factors of square, which target_modules of its config does not", tmp_path)
+    found = lp.check(adapter, consumer="peft")
+    assert (found.answer("itself"), found.answer("peft")) == ("refused", "differs")
+
+
+@pytest.mark.parametrize("value", ["(", 3, [3]], ids=str)
+def test_target_modules_that_cannot_be_read(adapter: Path, tmp_path: Path, value: object) -> None:
+    configure(adapter, target_modules=value)
+    refuse(adapter, "target_modules is", tmp_path)
+    with pytest.raises(LoraParamError, match="target_modules is"):
+        lp.check(adapter)
 
 
 def test_no_alpha(adapter: Path, tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_param.errors import BrokenFileError, NoFormError, UnknownFileError
+from lora_param.formats.peft.patterns import chosen_modules
 from lora_param.targets.settings import scale_of
 
 __all__ = ["DOUBLED", "FLIPPED", "PEFT_VERSION", "PeftConfig", "ends_in", "read_config"]
@@ -76,6 +77,7 @@ class PeftConfig:
         method: LORA, LOHA, LOKR or OFT.
         form: of OFT, that of its variant here.
         version: the PEFT that wrote it, as numbers; None where it does not say (before 0.18).
+        chosen: `target_modules` and `exclude_modules`.
     """
 
     source: str
@@ -94,6 +96,7 @@ class PeftConfig:
     version: tuple[int, ...] | None
     method: str = "LORA"
     form: str = ""
+    chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
 
     @property
     def init(self) -> str:
@@ -293,6 +296,7 @@ def _typed(
         tuple(take("target_parameters", (), list)),
         _tokens(raw.get("trainable_token_indices"), path),
         _version(raw.get("peft_version")),
+        chosen=chosen_modules(raw, path),
     )
 
 

@@ -6,11 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+from lora_param.errors import BrokenFileError
 from lora_param.targets.weights import Weight
 
-__all__ = ["exact_alpha", "patterns", "target_names"]
+__all__ = ["chosen_modules", "exact_alpha", "patterns", "target_names"]
 
 T = TypeVar("T")
 
@@ -62,3 +64,25 @@ def target_names(weights: Mapping[str, Weight], modules: Sequence[str]) -> list[
     if weights and named == set(modules) and not set(leaves) & set(_KEPT_WITH_BASE):
         return leaves
     return sorted(modules)
+
+
+def chosen_modules(raw: Mapping[str, Any], path: Path) -> dict[str, str | list[str]]:
+    """`target_modules` and `exclude_modules` of a config.
+
+    Raises:
+        BrokenFileError: they are neither names nor an expression.
+    """
+    found: dict[str, str | list[str]] = {}
+    for name in ("target_modules", "exclude_modules"):
+        value = raw.get(name)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise BrokenFileError(path, f"{name} is no expression ({error})") from None
+        elif not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise BrokenFileError(path, f"{name} is {value!r:.80}")
+        found[name] = value
+    return found

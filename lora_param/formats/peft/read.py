@@ -107,6 +107,7 @@ def _layers(reading: Reading) -> list[Placed]:
         if parameters_of(reading, module, layers):
             placed += place_parameters(reading, module, layers)
         else:
+            reading.check_chosen(module)
             placed += [p for layer in layers for p in place_layer(reading, layer)]
     return placed
 

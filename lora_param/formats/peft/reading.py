@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_param.adapter import Host, Layer
-from lora_param.errors import BrokenFileError, MismatchError, UnsettledError, worded
+from lora_param.errors import BrokenFileError, MismatchError, UnsettledError, listed, worded
 from lora_param.formats.base import LAYOUTS
 from lora_param.formats.peft.keys import Keys, LayerKeys
 from lora_param.formats.peft.source import Source
+from lora_param.targets.lora_config import names_module
 from lora_param.targets.regions import WHOLE, Region, Target
 from lora_param.targets.settings import Settings
 from lora_param.targets.weights import Weight
@@ -82,6 +83,7 @@ class Reading:
     missing: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def weight(self, name: str) -> Weight | None:
@@ -98,6 +100,11 @@ class Reading:
     def differ(self, name: str, W: Weight, wanted: str) -> None:
         """Remember that the shapes of a base's weight and of the tensors for it do not agree."""
         self.shapes.append(f"{name} is {W.shape}, the adapter's tensors are for {wanted}")
+
+    def check_chosen(self, module: str) -> None:
+        """Remember a module that has factors and that the config does not choose."""
+        if not names_module(self.source.config.chosen, module):
+            self.left_out.append(module)
 
     def tensor(self, key: str) -> Callable[[], Tensor]:
         """What reads a tensor of the file."""
@@ -139,6 +146,7 @@ class Reading:
 
         Raises:
             MismatchError: names or shapes differ.
+            BrokenFileError: the config leaves modules out that have factors.
             UnsettledError: the layout of a square weight is told by nothing.
         """
         if self.host is None:
@@ -153,6 +161,12 @@ class Reading:
                 shapes=self.shapes,
                 matched=max(wanted - len(lacks) - len(self.shapes), 0),
                 wanted=wanted,
+            )
+        if self.left_out:
+            raise BrokenFileError(
+                self.source.path,
+                f"it has factors of {listed(self.left_out)}, which target_modules of its config "
+                f"does not choose: PEFT would leave them out",
             )
         if self.open:
             raise UnsettledError(
