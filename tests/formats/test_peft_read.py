@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import peft_cases
 import pytest
 import torch
 from peft_cases import CASES, Case, adapt, base_of, deltas, outputs, quiet, saved
 from safetensors.torch import load_file, save_file
+from tiny_models import gpt2
 from torch import nn
 from write_peft_fixtures import NAMES
 
@@ -252,3 +254,23 @@ def test_loading_says_that_the_file_does_not_say_its_base(
     lp.save(model, tmp_path / "a.safetensors")  # this one does
     lp.load(base_of(case), tmp_path / "a.safetensors")
     assert not [r for r in caplog.records if r.name == "lora_param"]
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own
+def test_a_head_that_a_file_does_not_hold_is_told_of(tmp_path: Path) -> None:
+    """A file has one weight for embedding and head; live, PEFT's forward leaves the head alone."""
+    gpt2().save_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(
+        gpt2(), peft.LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False)
+    )
+    wrapped.save_pretrained(tmp_path / "a")
+    report = lp.bake_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "baked")
+    (note,) = (n for n in report.notes if "output head" in n)
+    assert "changes with it in a file" in note
+    live = lp.load(gpt2(), tmp_path / "a")
+    ids = torch.arange(7)[None]
+    torch.testing.assert_close(live(ids).logits, wrapped(ids).logits, atol=1e-5, rtol=1e-5)
+    baked = type(live).from_pretrained(tmp_path / "baked")
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(baked(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+    assert not any("output head" in n for n in lp.get_adapter(live).notes)
