@@ -22,8 +22,6 @@ from lora_param.targets.settings import INITIAL, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora_param.targets.weights import Weight
-
 __all__ = ["place_layer"]
 
 Make = Callable[[], "Tensor"]
@@ -61,19 +59,13 @@ def place_layer(reading: Reading, layer: LayerKeys) -> list[Placed]:
     found = [placed, *_bias(reading, layer, placed)]
     W = reading.weight(placed.name)
     placed.apart = () if W is None else W.tied
-    if placed.layer == "embedding" and W is not None and _has_a_head_on_it(reading, W):
+    if placed.layer == "embedding" and W is not None and reading.stands_for_head(W):
         reading.notes.append(
             f"{placed.name} is the output head as well (tie_word_embeddings in config.json), which "
             f"changes with it in a file, as PEFT's merge_and_unload changes it; a live model keeps "
             f"its head apart, as PEFT's forward does."
         )
     return found
-
-
-def _has_a_head_on_it(reading: Reading, W: Weight) -> bool:
-    """The base is a file without an output head, for which W stands in when it is loaded."""
-    config = {} if reading.host is None else reading.host.config
-    return not W.tied and not W.classes and config.get("tie_word_embeddings") is True
 
 
 def _linear(reading: Reading, layer: LayerKeys, A: tuple[int, ...], B: tuple[int, ...]) -> Placed:

@@ -101,6 +101,11 @@ class Reading:
         """Remember that the shapes of a base's weight and of the tensors for it do not agree."""
         self.shapes.append(f"{name} is {W.shape}, the adapter's tensors are for {wanted}")
 
+    def stands_for_head(self, W: Weight) -> bool:
+        """The base is a file without an output head, for which W stands in when it is loaded."""
+        config = {} if self.host is None else self.host.config
+        return not W.tied and not W.classes and config.get("tie_word_embeddings") is True
+
     def check_chosen(self, module: str) -> None:
         """Remember a module that has factors and that the config does not choose."""
         if not names_module(self.source.config.chosen, module):
