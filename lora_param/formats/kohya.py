@@ -34,14 +34,15 @@ from lora_param.files.writer import replace_file
 from lora_param.fingerprint import BaseWeight
 from lora_param.formats.base import DORA, Format
 from lora_param.formats.lycoris_kinds import (
+    DOWN,
     MAGNITUDE,
     NUMBER,
     SUFFIXES,
     UNKNOWN,
+    UP,
     Module,
     Part,
     encode,
-    lengths_of,
     parts_of,
 )
 from lora_param.formats.peft.encode import Pair, check_whole, is_lora, pair_of
@@ -50,7 +51,6 @@ from lora_param.formats.peft.patterns import exact_alpha
 from lora_param.names.flat import aliased, flattened
 from lora_param.names.table import default_names
 from lora_param.targets.regions import Target
-from lora_param.targets.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +70,6 @@ _COMPONENTS: Mapping[str, tuple[str, ...]] = {
 }
 """Prefix of a lora name → where a base of several models has that one; alone, it has no prefix."""
 
-_DOWN, _UP, _MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-_SUFFIXES = (_DOWN, _UP, _MID)
 _METADATA = {"format": "pt"}
 _NEITHER = ("oft_columns",)
 _OF_RANK = ("hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # their first dimension is the rank
@@ -89,7 +87,7 @@ def _recognise(path: Path) -> bool:
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return False
     suffixes = {n.partition(".")[2] for n in read_header(path).entries if _prefix(n)}
-    return bool(suffixes & {*_SUFFIXES, *SUFFIXES, *UNKNOWN})
+    return bool(suffixes & {*SUFFIXES, *UNKNOWN})
 
 
 def _prefix(name: str) -> str:
@@ -108,7 +106,7 @@ def _modules(file: SafetensorsFile) -> list[_Module]:
     """The modules of a file.
 
     Raises:
-        BrokenFileError: a key of another convention, or a factor without the other.
+        BrokenFileError: a key of another convention.
         NoFormError: a suffix that is not known here.
     """
     found: dict[str, dict[str, str]] = {}
@@ -118,14 +116,10 @@ def _modules(file: SafetensorsFile) -> list[_Module]:
             raise BrokenFileError(
                 file.path, f"{key} is no name of sd-scripts, as the others are (lora_unet_...)"
             )
-        if suffix not in (*_SUFFIXES, *SUFFIXES, NUMBER, MAGNITUDE):
+        if suffix not in (*SUFFIXES, NUMBER, MAGNITUDE):
             what = f"of {UNKNOWN.get(suffix, 'a kind of update')} that is not known here"
             raise NoFormError(str(file.path), key, what, "bake it with the tool that made it")
         found.setdefault(name, {})[suffix] = key
-    for name, keys in found.items():
-        own = any(s in keys for s in SUFFIXES)
-        if lacking := [s for s in (_DOWN, _UP) if s not in keys and not own]:
-            raise BrokenFileError(file.path, f"{name} has no {lacking[0]}")
     return [_Module(name, keys) for name, keys in found.items()]
 
 
@@ -212,49 +206,7 @@ def _parts(file: SafetensorsFile, module: _Module, W: tuple[int, ...] | None) ->
     sizes = {s: file.header.entries[k].torch_shape for s, k in module.keys.items()}
     source = str(file.path)
     m = Module(source, module.name, module.keys, sizes, file.__getitem__, W, scaled, told)
-    return [_lora(m)] if _UP in module.keys else parts_of(m)
-
-
-def _lora(m: Module) -> Part:
-    """LoRA, in Tucker's form where it has a core, with DoRA's lengths.
-
-    Raises:
-        BrokenFileError: the factors do not go together.
-    """
-    down, up, mid = m.sizes[_DOWN], m.sizes[_UP], m.sizes.get(_MID)
-    fits = len(down) >= 2 and len(up) in (2, len(down)) and 0 not in (*down, *up)
-    fits = fits and all(n == 1 for n in up[2:])
-    if mid is None:
-        fits = fits and up[1] == down[0]
-    else:  # (p, q, k, k) between up (out, p) and down (q, in)
-        fits = fits and len(mid) > 2 and mid[:2] == (up[1], down[0]) and up[1] == down[0]
-        fits = fits and all(n == 1 for n in down[2:])
-    if not fits:
-        told = f", {_MID} {mid}" if mid else ""
-        raise BrokenFileError(
-            m.source, f"the factors of {m.name} do not fit: {_DOWN} {down}, {_UP} {up}{told}"
-        )
-    shape = (up[0], down[1], *(mid or down)[2:])
-    over, columns = "", 1
-    makers = {
-        "lora_A": m.shaped(_DOWN, down[0], math.prod(down[1:])),
-        "lora_B": m.shaped(_UP, *up[:2]),
-    }
-    if MAGNITUDE in m.keys:
-        size = m.sizes[MAGNITUDE]
-        over, columns = lengths_of(m.source, m.keys[MAGNITUDE], size, m.W or shape)
-        makers["magnitude"] = m.shaped(MAGNITUDE, math.prod(size))
-    variant = {"": "lora", "rows": "dora", "columns": "dora_columns"}[over]
-    form = f"kernel{columns}" if columns > 1 else ""
-    if mid is not None:
-        makers["lora_down"], makers["lora_up"] = makers.pop("lora_A"), makers.pop("lora_B")
-        makers["lora_mid"] = m.shaped(_MID, *mid[:2], math.prod(mid[2:]))
-        variant = "tucker"
-        form = "+".join(filter(None, [over, f"kernel{math.prod(mid[2:])}"]))
-    rank, alpha, strength = m.scaled(down[0])
-    return Part(
-        "weight", shape, Settings(rank, alpha, variant=variant, form=form), strength, makers
-    )
+    return parts_of(m)
 
 
 def flat_names(lora: str) -> list[str]:
@@ -441,7 +393,7 @@ def _written(
     if name in numbers:
         known = numbers[name]
         told = 0.0 if known is None else float(known.item())
-        ranks = [x.shape[0] for s, x in found.items() if s in (_DOWN, *_OF_RANK)]
+        ranks = [x.shape[0] for s, x in found.items() if s in (DOWN, *_OF_RANK)]
         is_rotation = "oft_blocks" in found
         if "lokr_w1" in found and "lokr_w2" in found:
             return known
@@ -461,8 +413,8 @@ def _encoded(pair: Pair, shape: tuple[int, ...], variant: str) -> tuple[dict[str
         alpha = float(pair.rank)
         pair = Pair(pair.A, torch.zeros_like(pair.B), 1.0, magnitude=pair.magnitude)
     found = {
-        _DOWN: pair.A.reshape(pair.rank, *shape[1:]).contiguous(),
-        _UP: pair.B.reshape(shape[0], pair.rank, *ones).contiguous(),
+        DOWN: pair.A.reshape(pair.rank, *shape[1:]).contiguous(),
+        UP: pair.B.reshape(shape[0], pair.rank, *ones).contiguous(),
     }
     if pair.magnitude is not None:
         size = (1, -1, *ones) if variant == "dora_columns" else (-1, 1, *ones)
@@ -510,7 +462,7 @@ def _made(name: str, several: bool) -> str:
 
 def _told(tensors: Mapping[str, Any]) -> dict[str, str]:
     """What sd-scripts' own files say of themselves, as far as it is known."""
-    ranks = {t.shape[0] for k, t in tensors.items() if k.endswith(_DOWN)}
+    ranks = {t.shape[0] for k, t in tensors.items() if k.endswith(DOWN)}
     alphas = {t.item() for k, t in tensors.items() if k.endswith(f".{NUMBER}")}
 
     def one(values: set[Any]) -> str:

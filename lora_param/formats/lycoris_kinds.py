@@ -1,13 +1,15 @@
-"""What LyCORIS has beside LoRA in a file of `<lora name>.<suffix>`: kind by kind, read and written.
+"""What LyCORIS has in a file of `<lora name>.<suffix>`: kind by kind, read and written.
 
-LoHa is `hada_w1_a` (out, rank), `hada_w1_b` (rank, in·k·k), `hada_w2_a` and `hada_w2_b`; in
-Tucker's form the first ones are (rank, out) and (rank, in) beside `hada_t1`, `hada_t2` (rank, rank,
-k, k). LoKr is `lokr_w1`, or `lokr_w1_a` and `lokr_w1_b`, with `lokr_w2` (.., .., k, k), or
-`lokr_w2_a` and `lokr_w2_b`, which `lokr_t2` makes those of Tucker's form; the scale of two whole
-matrices is 1, whatever alpha says. `diff` and `diff_b` are added to a weight and its bias as they
-are, `w_norm` and `b_norm` to those of a norm. `oft_blocks` of three dimensions is OFT, of four
-BOFT, with `rescale`, and `alpha` its constraint (0: none). `dora_scale` has DoRA's lengths,
-(out, 1, ...) or (1, in, ...).
+LoRA is as `formats.kohya` says. LoHa is `hada_w1_a` (out, rank), `hada_w1_b` (rank, in·k·k),
+`hada_w2_a` and `hada_w2_b`; in Tucker's form the first ones are (rank, out) and (rank, in) beside
+`hada_t1`, `hada_t2` (rank, rank, k, k). LoKr is `lokr_w1`, or `lokr_w1_a` and `lokr_w1_b`, with
+`lokr_w2` (.., .., k, k), or `lokr_w2_a` and `lokr_w2_b`, which `lokr_t2` makes those of Tucker's
+form; the scale of two whole matrices is 1, whatever alpha says. `diff` and `diff_b` are added to a
+weight and its bias as they are, `w_norm` and `b_norm` to those of a norm; `diff_b` comes beside any
+kind. `oft_blocks` of three dimensions is OFT, of four BOFT, with `rescale`, and `alpha` its
+constraint (0: none). `dora_scale` has DoRA's lengths, (out, 1, ...) or (1, in, ...).
+
+It is one file, however long: one function for each kind.
 """
 
 from __future__ import annotations
@@ -24,19 +26,24 @@ from lora_param.targets.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KINDS", "MAGNITUDE", "NUMBER", "SUFFIXES", "UNKNOWN", "Module", "Part"]
+__all__ = ["DOWN", "KINDS", "MAGNITUDE", "MID", "NUMBER", "SUFFIXES", "UNKNOWN", "UP", "Module"]
+__all__ += ["Part"]
 __all__ += ["encode", "lengths_of", "parts_of"]
 
 Make = Callable[[], "Tensor"]
 
 NUMBER, MAGNITUDE = "alpha", "dora_scale"
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 _LOHA = tuple(f"hada_w{i}_{x}" for i in "12" for x in "ab")
 _LOKR = tuple(f"lokr_w{i}" for i in "12") + tuple(f"lokr_w{i}_{x}" for i in "12" for x in "ab")
 _DIFFS = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+_DORA = ("lora", "loha", "lokr")  # the kinds that come with lengths
 KINDS: Mapping[str, tuple[str, ...]] = {
+    "lora": (DOWN, UP, MID),
     "loha": (*_LOHA, "hada_t1", "hada_t2"),
     "lokr": (*_LOKR, "lokr_t2"),
-    "diff": tuple(_DIFFS),
+    "diff": ("diff", "w_norm", "b_norm"),
+    "bias": ("diff_b",),  # beside any of the others
     "oft": ("oft_blocks", "rescale"),
 }
 """Kind → the suffixes that are its own."""
@@ -149,10 +156,17 @@ def parts_of(m: Module) -> list[Part]:
         NoFormError: they have no form here.
     """
     kinds = [kind for kind, suffixes in KINDS.items() if any(s in m.keys for s in suffixes)]
-    own = [s for kind in kinds for s in KINDS[kind]]
-    if len(kinds) != 1 or any(s not in (*own, NUMBER, MAGNITUDE) for s in m.keys):
+    own = {NUMBER, *(s for kind in kinds for s in KINDS[kind])}
+    if any(kind in _DORA for kind in kinds):
+        own.add(MAGNITUDE)
+    of_weight = [kind for kind in kinds if kind != "bias"]
+    if not kinds or len(of_weight) > 1 or not m.keys.keys() <= own:
         raise m.broken()
-    return {"loha": _loha, "lokr": _lokr, "diff": _diff, "oft": _oft}[kinds[0]](m)
+    read = {"lora": _lora, "loha": _loha, "lokr": _lokr, "diff": _diff, "bias": _bias, "oft": _oft}
+    parts = [part for kind in kinds for part in read[kind](m)]
+    if len({part.leaf for part in parts}) < len(parts):
+        raise m.broken()
+    return parts
 
 
 def lengths_of(
@@ -193,6 +207,49 @@ def _form(m: Module, words: list[str], shape: tuple[int, ...], kernel: int) -> s
 def _kernel(m: Module, suffix: str) -> tuple[int, ...]:
     """The kernel of Tucker's core. PEFT keeps that of a 1-d convolution as (k, 1)."""
     return m.sizes[suffix][2:] if m.W is None or len(m.W) != 3 else m.W[2:]
+
+
+def _lora(m: Module) -> list[Part]:
+    """LoRA, in Tucker's form where it has a core, with DoRA's lengths.
+
+    Raises:
+        BrokenFileError: the factors do not go together, or one is not there.
+    """
+    if lacking := [s for s in (DOWN, UP) if s not in m.keys]:
+        raise BrokenFileError(m.source, f"{m.name} has no {lacking[0]}")
+    down, up, mid = m.sizes[DOWN], m.sizes[UP], m.sizes.get(MID)
+    fits = len(down) >= 2 and len(up) in (2, len(down)) and 0 not in (*down, *up)
+    fits = fits and all(n == 1 for n in up[2:])
+    if mid is None:
+        fits = fits and up[1] == down[0]
+    else:  # (p, q, k, k) between up (out, p) and down (q, in)
+        fits = fits and len(mid) > 2 and mid[:2] == (up[1], down[0]) and up[1] == down[0]
+        fits = fits and all(n == 1 for n in down[2:])
+    if not fits:
+        told = f", {MID} {mid}" if mid else ""
+        raise BrokenFileError(
+            m.source, f"the factors of {m.name} do not fit: {DOWN} {down}, {UP} {up}{told}"
+        )
+    shape = (up[0], down[1], *(mid or down)[2:])
+    over, columns = "", 1
+    makers = {
+        "lora_A": m.shaped(DOWN, down[0], math.prod(down[1:])),
+        "lora_B": m.shaped(UP, *up[:2]),
+    }
+    if MAGNITUDE in m.keys:
+        size = m.sizes[MAGNITUDE]
+        over, columns = lengths_of(m.source, m.keys[MAGNITUDE], size, m.W or shape)
+        makers["magnitude"] = m.shaped(MAGNITUDE, math.prod(size))
+    variant = {"": "lora", "rows": "dora", "columns": "dora_columns"}[over]
+    form = f"kernel{columns}" if columns > 1 else ""
+    if mid is not None:
+        makers["lora_down"], makers["lora_up"] = makers.pop("lora_A"), makers.pop("lora_B")
+        makers["lora_mid"] = m.shaped(MID, *mid[:2], math.prod(mid[2:]))
+        variant = "tucker"
+        form = "+".join(filter(None, [over, f"kernel{math.prod(mid[2:])}"]))
+    rank, alpha, strength = m.scaled(down[0])
+    settings = Settings(rank, alpha, variant=variant, form=form)
+    return [Part("weight", shape, settings, strength, makers)]
 
 
 def _loha(m: Module) -> list[Part]:
@@ -243,17 +300,21 @@ def _lokr(m: Module) -> list[Part]:
     return [m.part(shape, settings, strength, names)]
 
 
-def _diff(m: Module) -> list[Part]:
+def _diff(m: Module, suffixes: tuple[str, ...] = KINDS["diff"]) -> list[Part]:
     settings, found = Settings(1, 1.0, "constant", variant="diff"), list[Part]()
-    for suffix, leaf in _DIFFS.items():
+    for suffix in suffixes:
         if suffix not in m.keys:
             continue
-        size = m.sizes[suffix]
-        if not size or (leaf == "bias" and len(size) != 1) or found[1:]:
+        size, leaf = m.sizes[suffix], _DIFFS[suffix]
+        if not size or (leaf == "bias" and len(size) != 1):
             raise m.broken()
         made = m.shaped(suffix, size[0], math.prod(size[1:]))
         found.append(Part(leaf, size, settings, 1.0, {"diff": made}))
     return found
+
+
+def _bias(m: Module) -> list[Part]:
+    return _diff(m, KINDS["bias"])
 
 
 def _oft(m: Module) -> list[Part]:

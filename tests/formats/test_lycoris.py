@@ -107,6 +107,21 @@ def test_written_again_every_byte_of_its_tensors_is_the_same(
     assert (tmp_path / "third.safetensors").read_bytes() == out.read_bytes()
 
 
+@pytest.mark.parametrize("case", ["locon_linear", "loha_conv", "lokr_linear", "oft_linear"])
+def test_a_bias_beside_any_kind_is_a_target_of_its_own(case: str, tmp_path: Path) -> None:
+    diff = torch.randn(model()[case].bias.shape)
+    state = {k: t for k, t in STATE.items() if k.startswith(f"lycoris_{case}.")}
+    save_file(state | {f"lycoris_{case}.diff_b": diff}, tmp_path / "a.safetensors")
+    loaded = lp.load(model(), tmp_path / "a.safetensors")
+    found = lp.merged_state_dict(loaded)
+    torch.testing.assert_close(found[f"{case}.weight"], FIXTURE[f"weight.{case}"])
+    assert torch.equal(found[f"{case}.bias"], model()[case].bias.detach() + diff)
+    lp.convert(tmp_path / "a.safetensors", "lycoris", tmp_path / "b.safetensors", base=model())
+    again = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(again[k], t) for k, t in state.items())
+    assert torch.equal(again[f"lycoris_{case}.diff_b"], diff)
+
+
 def test_half_precision_files_keep_their_dtypes(tmp_path: Path) -> None:
     half = {k: t.half() for k, t in STATE.items()}
     save_file(half, tmp_path / "half.safetensors", METADATA)
@@ -189,6 +204,21 @@ def test_a_lora_of_it_needs_no_base_where_it_does_not_depend_on_it(tmp_path: Pat
         ({"loha_linear.hada_w2_a": None}, BrokenFileError, "loha_linear do not fit"),
         ({"loha_linear.alpha": torch.tensor(float("nan"))}, BrokenFileError, "no finite number"),
         ({"lokr_linear.lokr_w1": None}, BrokenFileError, "lokr_linear do not fit"),
+        ({"locon_linear.hada_w1_a": torch.ones(18, 2)}, BrokenFileError, "fit.*hada_w1_a"),
+        ({"locon_linear.diff": torch.ones(18, 12)}, BrokenFileError, r"diff \(18, 12\)"),
+        ({"locon_linear.b_norm": torch.ones(18)}, BrokenFileError, "b_norm"),
+        (
+            {"locon_linear.diff": torch.ones(18, 12), "locon_linear.lora_down.weight": None},
+            BrokenFileError,
+            "diff",
+        ),
+        ({"locon_linear.diff_b": torch.ones(4)}, MismatchError, r"locon_linear\.bias is \(18,\)"),
+        (
+            {"full_linear.w_norm": torch.ones(18, 12), "full_linear.diff_b": None},
+            BrokenFileError,
+            "w_norm",
+        ),
+        ({"full_linear.dora_scale": torch.ones(18, 1)}, BrokenFileError, "dora_scale"),
         ({"oft_linear.oft_blocks": torch.ones(6, 3, 2)}, BrokenFileError, "oft_blocks"),
         ({"oft_linear.oft_blocks": torch.ones(5, 3, 3)}, MismatchError, r"\(15,\)"),
         ({"full_linear.diff_b": torch.ones(4)}, MismatchError, r"full_linear\.bias is \(18,\)"),
