@@ -26,9 +26,8 @@ from lora_param.targets.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DOWN", "KINDS", "MAGNITUDE", "MID", "NUMBER", "SUFFIXES", "UNKNOWN", "UP", "Module"]
-__all__ += ["Part"]
-__all__ += ["encode", "lengths_of", "parts_of"]
+__all__ = ["DOWN", "KINDS", "MAGNITUDE", "NUMBER", "SUFFIXES", "UNKNOWN", "UP", "Module"]
+__all__ += ["Part", "encode", "lengths_of", "parts_of"]
 
 Make = Callable[[], "Tensor"]
 
@@ -354,12 +353,15 @@ def encode(
         shape: of the weight or bias.
         of_norm: its module is a norm.
     """
+    import torch
+
     kernel, ones = shape[2:], (1,) * (len(shape) - 2)
     if t.settings.variant == "diff":
         leaf = t.target.name.rpartition(".")[2]
         suffix = next(s for s, of in _DIFFS.items() if of == leaf and s.endswith("norm") == of_norm)
-        factor = t.scale * t.strength
-        diff = tensors["diff"] if factor == 1 else tensors["diff"] * factor
+        factor, diff = t.scale * t.strength, tensors["diff"]
+        if factor != 1:
+            diff = diff.to(torch.promote_types(diff.dtype, torch.float32)) * factor
         return {suffix: diff.reshape(shape).contiguous()}
     found: dict[str, Tensor] = {}
     for name, x in tensors.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_param.adapter import Adapter, AdapterTarget, Host, Layer, LazyTensors
 from lora_param.errors import BrokenFileError, MismatchError, NoFormError, UnsettledError, worded
 from lora_param.fingerprint import BaseWeight
-from lora_param.formats.peft.encode import Pair, pair_of
+from lora_param.formats.peft.encode import Pair, pair_of, scaled_to
 from lora_param.formats.peft.kinds import kinds_of
 from lora_param.formats.peft.patterns import exact_alpha
 from lora_param.formats.peft.reading import Placed
@@ -203,13 +203,3 @@ def pairs_of(
 def common_alpha(pairs: Iterable[Pair]) -> float:
     """The alpha of most pairs, for a file that has one for all."""
     return Counter(exact_alpha(p.scale, p.rank) for p in pairs).most_common(1)[0][0]
-
-
-def scaled_to(pair: Pair, scale: float) -> Tensor:
-    """B so that scale·(B @ A) is the pair's update; itself where the scale is the pair's."""
-    import torch
-
-    if pair.scale == scale:
-        return pair.B
-    wide = torch.promote_types(pair.B.dtype, torch.float32)
-    return pair.B.to(wide) * (pair.scale / scale)

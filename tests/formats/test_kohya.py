@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,34 @@ def test_what_does_not_fit_is_named(
     path = saved(tmp_path / "bad.safetensors", modules | change)
     with pytest.raises(error, match=told):
         lp.load(Pipeline(), path)
+
+
+@pytest.mark.parametrize("to", ["kohya", "peft"])
+@pytest.mark.parametrize("rank", [2, 9])
+def test_low_precision_tucker_factors_lose_nothing(to: str, rank: int, tmp_path: Path) -> None:
+    """Without its core, it is a product; of a rank above the sides of what it makes, too."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3))
+    found = {k: t.bfloat16() for k, t in parts(rank, 3.0, 6, 4, 3, 3, mid=True).items()}
+    path = saved(tmp_path / "a.safetensors", {"lora_unet_0": found})
+    wanted = lp.merged_state_dict(lp.load(copy.deepcopy(plain), path))["0.weight"]
+    out = tmp_path / ("b" if to == "peft" else "b.safetensors")
+    lp.convert(path, to, out, base=copy.deepcopy(plain))
+    again = lp.merged_state_dict(lp.load(copy.deepcopy(plain), out))["0.weight"]
+    change = wanted - plain[0].weight.detach()
+    assert (again - wanted).norm() <= 1e-6 * change.norm()
+
+
+def test_low_precision_parts_of_two_scales_lose_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8))
+    net = copy.deepcopy(plain)
+    lp.apply(net, ["0[0:4]", "0[4:8]"], rank=2, alpha=3)
+    for p in lp.parameters(net):
+        p.data = torch.randn(p.shape).bfloat16()
+    lp.set_scale(net, 0.7, ["0.weight[4:8]"])
+    wanted = lp.merged_state_dict(net)["0.weight"]
+    lp.save(net, tmp_path / "a.safetensors", format="kohya")
+    found = lp.load(copy.deepcopy(plain), tmp_path / "a.safetensors")
+    change = wanted - plain[0].weight.detach()
+    assert (lp.merged_state_dict(found)["0.weight"] - wanted).norm() <= 1e-6 * change.norm()

@@ -153,6 +153,16 @@ def test_a_strength_is_written_as_alpha(tmp_path: Path) -> None:
     assert load_file(tmp_path / "half.safetensors")["lora_unet_loha_linear.alpha"].item() == 1.5
 
 
+def test_a_strength_of_a_low_precision_difference_loses_nothing(tmp_path: Path) -> None:
+    diff = torch.randn(18, 12).bfloat16()
+    save_file({"lycoris_full_linear.diff": diff}, tmp_path / "a.safetensors")
+    loaded = lp.load(model(), tmp_path / "a.safetensors")
+    lp.set_scale(loaded, 0.7)
+    lp.save(loaded, tmp_path / "b.safetensors", format="lycoris")
+    (found,) = load_file(tmp_path / "b.safetensors").values()
+    torch.testing.assert_close(found, diff.float() * 0.7)
+
+
 @pytest.mark.parametrize("to", ["kohya", "portable"])
 @pytest.mark.parametrize("case", ["loha_linear", "lokr_linear", "lokrboth_linear"])
 def test_a_lora_of_it_says_what_it_loses(to: str, case: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,21 @@ def test_lycoris_to_peft_and_back(tmp_path: Path) -> None:
     for path in (tmp_path / "a.safetensors", tmp_path / "b"):
         found = lp.merged_state_dict(lp.load(base(), path))
         assert all(torch.equal(found[k], t) for k, t in wanted.items())
+
+
+@pytest.mark.parametrize("form", ["", "both"])
+def test_low_precision_factors_multiplied_out_lose_nothing(form: str, tmp_path: Path) -> None:
+    """PEFT has no LoKr whose second matrix is of factors at this rank: they are multiplied out."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(32, 32))
+    net = lp.apply(copy.deepcopy(plain), ["0"], rank=8, alpha=8, variant="lokr", form=form)
+    for p in lp.parameters(net):
+        p.data = torch.randn(p.shape).bfloat16()
+    wanted = lp.merged_state_dict(net)["0.weight"]
+    lp.save(net, tmp_path / "a", format="peft")
+    found = lp.merged_state_dict(lp.load(copy.deepcopy(plain), tmp_path / "a"))["0.weight"]
+    change = wanted - plain[0].weight.detach()
+    assert (found - wanted).norm() <= 1e-6 * change.norm()
 
 
 def test_listed_without_a_base(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lora_param.targets.settings import INITIAL, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Pair", "check_whole", "encode_pair", "is_lora", "pair_of"]
+__all__ = ["Pair", "check_whole", "encode_pair", "is_lora", "pair_of", "scaled_to"]
 
 _BAKE = "bake it (lora-param bake), or leave it out"
 _OTHERS = ("loha", "lokr", "diff", "oft", "boft", "oft_columns", "copy")
@@ -92,12 +92,23 @@ def pair_of(
                 f"columns of a convolution, which {tool} has not",
                 _BAKE,
             )
-        A, B = p.A.new_zeros(p.rank, columns), p.B.new_zeros(rows, p.rank)
+        own = scaled_to(p, scale)
+        A, B = p.A.new_zeros(p.rank, columns), own.new_zeros(rows, p.rank)
         A[:, slice(*region.columns) if region.columns else slice(None)] = p.A
-        B[slice(*region.rows) if region.rows else slice(None)] = p.B * (p.scale / scale)
+        B[slice(*region.rows) if region.rows else slice(None)] = own
         As.append(A)
         Bs.append(B)
     return Pair(torch.cat(As), torch.cat(Bs, 1), scale)
+
+
+def scaled_to(pair: Pair, scale: float) -> Tensor:
+    """B so that scale·(B @ A) is the pair's update; itself where the scale is the pair's."""
+    import torch
+
+    if pair.scale == scale:
+        return pair.B
+    wide = torch.promote_types(pair.B.dtype, torch.float32)
+    return pair.B.to(wide) * (pair.scale / scale)
 
 
 def _check(
@@ -173,17 +184,27 @@ def check_whole(adapter: Adapter, keys: Sequence[str], tool: str) -> AdapterTarg
 
 
 def _plain(adapter: Adapter, key: str, t: AdapterTarget) -> Pair:
-    """One target as a pair: an initial pair folded in, MiSS's constant written out."""
+    """One target as a pair: an initial pair folded in, MiSS's constant written out.
+
+    Tucker's core goes into A, in fp32 at least.
+    """
     import torch
 
+    from lora_param.weight.precision import compute_dtype
     from lora_param.weight.update import fold_initial
     from lora_param.weight.variants import variant_of
 
     tensors = {n: v.detach().cpu() for n, v in adapter.factors(key).items()}
     scale = t.scale * t.strength
     if "lora_A" not in tensors:
+        variant = variant_of(t.settings)
+        if t.settings.variant == "tucker":
+            wide = {n: v.to(compute_dtype(v.dtype)) for n, v in tensors.items()}
+            pair = variant.pair(wide, 1.0, 1.0)
+            assert pair is not None
+            return Pair(pair[0], tensors["lora_up"], scale)
         W = torch.empty(t.target.region.matrix(adapter.base[t.target.name].shape), device="meta")
-        form = variant_of(t.settings).lower(W, tensors, 1.0, 1.0)  # of its shape alone
+        form = variant.lower(W, tensors, 1.0, 1.0)  # of its shape alone
         assert form is not None
         return Pair(form.A, form.B, scale)
     folded = any(n in tensors for n in INITIAL)

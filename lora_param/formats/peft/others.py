@@ -316,12 +316,17 @@ def _lokr(adapter: Adapter, out: Others, keys: list[str]) -> dict[str, Any]:
 
 
 def _kron(adapter: Adapter, key: str) -> _Kron:
-    """A target's matrices; those that PEFT would have whole at this rank are multiplied out."""
+    """A target's matrices.
+
+    Those that PEFT would have whole at this rank are multiplied out, in fp32 at least.
+    """
+    from lora_param.weight.precision import compute_dtype
     from lora_param.weight.variants.lokr import whole
 
     t, tensors = adapter.targets[key], _factors(adapter, key)
     shape, rank = adapter.base[t.target.name].shape, t.settings.rank
-    w1 = whole(tensors, "1", next(iter(tensors.values())).dtype)
+    wide = compute_dtype(next(iter(tensors.values())).dtype)
+    w1 = whole(tensors, "1", wide)
     left = (int(w1.shape[0]), int(w1.shape[1]))
     if shape[1] % left[1]:
         why = f"whose first matrix, {left}, does not divide its {shape[1]} inputs"
@@ -330,7 +335,7 @@ def _kron(adapter: Adapter, key: str) -> _Kron:
     if "lokr_w2" in tensors:
         rank = max(rank, -(-max(right) // 2))
     elif rank >= max(right) / 2:
-        w2 = whole(tensors, "2", tensors["lokr_w2_a"].dtype)
+        w2 = whole(tensors, "2", wide)
         tensors = {n: x for n, x in tensors.items() if not n.startswith(("lokr_w2", "lokr_t"))}
         tensors["lokr_w2"] = w2
     if "lokr_w1_a" in tensors and rank >= max(left) / 2:
