@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from typing import NoReturn, Self, Unpack, cast
 
 import torch
@@ -138,8 +137,7 @@ class LoRA(nn.Module):
             raise UnsuitableWeightError(f"a weight of shape {sizes}", reason)
         target = parse_target(f"weight{part}", sizes)
         matrix = target.region.matrix(sizes)
-        settings = read_options(LoRA, options).capped(matrix)
-        settings = settings.over_kernel(matrix, prod(sizes[2:]))
+        settings = read_options(LoRA, options).on_part(target.region, sizes)
 
         def values() -> Tensor:
             if W is None:

@@ -208,8 +208,7 @@ def make_plan(
 
 
 def _planned(target: Target, weight: Weight, asked: Settings, pattern: str) -> PlannedTarget:
-    matrix = target.region.matrix(weight.shape)
-    settings = asked.capped(matrix).over_kernel(matrix, math.prod(weight.shape[2:]))
+    settings = asked.on_part(target.region, weight.shape)
     rank = asked.rank if settings.rank != asked.rank else None
     return PlannedTarget(target, weight, settings, pattern, asked=rank)
 

@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 
 from lora_param.errors import OptionError
 from lora_param.targets.forms import FORMS, Form, parse_form, sizes_of
+from lora_param.targets.regions import Region
 
 __all__ = [
     "FROM_WEIGHT",
@@ -263,22 +264,24 @@ class Settings:
         """What multiplies B @ A."""
         return scale_of(self.alpha, self.rank, self.scaling)
 
-    def over_kernel(self, matrix: tuple[int, ...], kernel: int) -> Settings:
-        """With LoKr's first matrix over a convolution's inputs alone, as other tools have it.
+    def on_part(self, region: Region, weight: tuple[int, ...]) -> Settings:
+        """What fits a part of a weight of this shape, where a fresh adapter is made for it.
 
-        Args:
-            matrix: the target's (out, in·kernel).
-            kernel: elements of the kernel.
+        The rank is `capped`, and LoKr's first matrix is over the inputs of a convolution alone,
+        without its kernel, as other tools have it. A stack has no kernel.
 
-        >>> Settings(variant="lokr").over_kernel((8, 54), 9).form
+        >>> Settings(rank=2, variant="lokr").on_part(Region(), (8, 6, 3, 3)).form
         'left2x2'
         """
+        matrix = region.matrix(weight)
+        fitting = self.capped(matrix)
+        kernel = 1 if region.stacked else math.prod(weight[2:])
         if self.variant != "lokr" or kernel == 1 or "left" in self.parsed_form.sizes:
-            return self
+            return fitting
         sizes = sizes_of(Form(), 1, matrix[-2], matrix[-1] // kernel)
         assert sizes is not None
         left = f"left{sizes['left_out']}x{sizes['left_in']}"
-        return replace(self, form=f"{self.form}+{left}" if self.form else left)
+        return replace(fitting, form=f"{self.form}+{left}" if self.form else left)
 
     @property
     def parsed_form(self) -> Form:

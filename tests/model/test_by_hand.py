@@ -279,3 +279,14 @@ def test_a_module_of_somebody_elses_mechanism_is_left_alone() -> None:
     model = Own()
     assert lp.plan(model, ["weight"]).targets
     assert isinstance(model(X), Tensor)
+
+
+@pytest.mark.parametrize("part", ["", "[*]"])
+def test_lokr_made_for_a_shape_is_what_apply_makes(part: str) -> None:
+    net = nn.Module()
+    net.w = nn.Parameter(torch.randn(4, 16, 9))
+    lp.apply(net, [f"w{part}"], rank=2, variant="lokr")
+    own = lp.LoRA((4, 16, 9), part=part, rank=2, variant="lokr")
+    (applied,) = lp.get_adapter(net).targets.values()
+    assert own.settings == applied.settings
+    assert ("left" in own.settings.form) == (part == "")

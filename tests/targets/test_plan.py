@@ -172,3 +172,14 @@ def test_patterns_over_existing_targets() -> None:
     assert match_targets(existing, ["!q"]) == ["a.in[0:2]", "a.in[2:4]"]
     with pytest.raises(NoMatchError, match="Nearest: q"):
         match_targets(existing, ["qq"])
+
+
+def test_lokr_takes_the_inputs_of_a_stack_for_no_kernel() -> None:
+    found = make_plan({"w": (4, 16, 64)}, ["w[*]"], settings=Settings(rank=2, variant="lokr"))
+    (whole,) = make_plan({"w": (16, 64)}, ["w"], settings=Settings(rank=2, variant="lokr")).targets
+    shapes = found.targets[0].settings.shapes((4, 16, 64))
+    assert {n: s[1:] for n, s in shapes.items()} == whole.settings.shapes((16, 64))
+    (conv,) = make_plan(
+        {"w": (8, 6, 3, 3)}, ["w"], settings=Settings(rank=2, variant="lokr")
+    ).targets
+    assert conv.settings.form == "left2x2"
