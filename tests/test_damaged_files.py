@@ -113,26 +113,33 @@ def memory() -> int:
     return most if sys.platform == "darwin" else most << 10
 
 
-def damaged(folder: Path, whole: bytes, seed: int, number: int) -> tuple[Path, str, random.Random]:
-    """One file, its kind, and what draws what is done with it."""
-    kind = list(KINDS)[number % len(KINDS)]
-    draw = random.Random(f"{seed}/{number}")
+def damaged(folder: Path, whole: bytes, kind: str, seed: str) -> tuple[Path, random.Random]:
+    """One file, and what draws what is done with it."""
+    draw = random.Random(seed)
     name, content = KINDS[kind](draw, whole)
     path = folder / name
     path.write_bytes(content)
-    return path, kind, draw
+    return path, draw
 
 
-@pytest.mark.parametrize(("seed", "number"), [(11, 1004), (11, 3373), (11, 6056), (11, 7004)])
+@pytest.mark.parametrize(
+    ("kind", "seed", "holds"),
+    [
+        ("zip pickle", "11/1004", None),  # escapes in a damaged pickle: Python warned
+        ("zip pickle", "11/7004", None),
+        ("zip pickle", "11/6056", b"arch\x7fve/byteorder"),  # directory and members disagree
+        ("adapter", "11/3373", b"NaN"),  # in a field of a later version, which is passed on
+    ],
+)
 def test_what_a_long_run_found(
-    seed: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, seed: str, holds: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Escapes in a damaged pickle, a NaN in an adapter's config, an archive of two minds."""
     folder = tmp_path / "in"
     for made in (folder, tmp_path / "out"):
         made.mkdir()
     monkeypatch.chdir(tmp_path)
-    path, kind, draw = damaged(folder, damage.prepare(folder), seed, number)
+    path, draw = damaged(folder, damage.prepare(folder), kind, seed)
+    assert holds is None or holds in path.read_bytes()
     with no_longer_than(MOST_SECONDS):
         use(path, folder, kind, draw)
 
@@ -151,7 +158,8 @@ def test_the_fuzzer_of_damaged_files(
     outcomes.clear()
     failures: list[str] = []
     for number in range(FILES):
-        path, kind, draw = damaged(folder, whole, SEED, number)
+        kind = list(KINDS)[number % len(KINDS)]
+        path, draw = damaged(folder, whole, kind, f"{SEED}/{number}")
         try:
             with no_longer_than(MOST_SECONDS):
                 use(path, folder, kind, draw)

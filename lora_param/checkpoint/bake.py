@@ -47,6 +47,7 @@ from lora_param.checkpoint.resuming import JOURNAL, Leftovers, mark_of
 from lora_param.checkpoint.shards import DirectoryCheckpoint
 from lora_param.checkpoint.unpacking import (
     Form,
+    check_files,
     check_form,
     write_quantized_directory,
     write_quantized_file,
@@ -97,6 +98,8 @@ def bake_adapters(
         else open_checkpoint(options.original) as original,
     ):
         place = place_of(checkpoint, base, out, options.in_place)
+        if isinstance(checkpoint, QuantizedCheckpoint):
+            check_files(checkpoint, place)
         check_place(stored_in(checkpoint), adapters, place, options)
         if limit is not None and not has_shards(checkpoint):
             raise OptionError(

@@ -39,11 +39,28 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Form", "check_form", "requantized", "write_quantized_directory", "write_quantized_file"]
+__all__ = ["Form", "check_files", "check_form", "requantized"]
+__all__ += ["write_quantized_directory", "write_quantized_file"]
 
 Form = Literal["dense", "same"]
 
 _CONFIGS = ("quantization_config", "compression_config")
+
+
+def check_files(base: QuantizedCheckpoint, place: Path) -> None:
+    """Quantized weights are written into safetensors and GGUF.
+
+    Raises:
+        OutputError: the files are others.
+    """
+    stored = base.stored
+    files = stored.parts.values() if isinstance(stored, DirectoryCheckpoint) else [stored]
+    if not all(isinstance(file, SafetensorsCheckpoint | GgufCheckpoint) for file in files):
+        raise OutputError(
+            place,
+            f"{base.path} holds quantized weights in a file of torch.save, which can be read and "
+            f"not baked: save it with safetensors first",
+        )
 
 
 def check_form(merging: Merging, base: QuantizedCheckpoint, form: Form) -> None:
@@ -51,14 +68,8 @@ def check_form(merging: Merging, base: QuantizedCheckpoint, form: Form) -> None:
 
     Raises:
         OptionError: a format that can only be read is asked to be written.
-        OutputError: the files are none that quantized weights are written into.
+        OutputError: something in it cannot be read, and so not be made dense.
     """
-    stored = base.stored
-    files = stored.parts.values() if isinstance(stored, DirectoryCheckpoint) else [stored]
-    if not all(isinstance(file, SafetensorsCheckpoint | GgufCheckpoint) for file in files):
-        raise OutputError(
-            base.path, "quantized weights in it are read, and written in safetensors and GGUF alone"
-        )
     if form == "dense" and base.refused:
         name, reason = next(iter(base.refused.items()))
         raise OutputError(

@@ -9,10 +9,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from lora_param.checkpoint.base import Checkpoint
+from lora_param.checkpoint.fit import check_checkpoint
 from lora_param.checkpoint.open import open_checkpoint
 from lora_param.consumers.facts import gather
 from lora_param.consumers.judge import CONSUMERS, ITSELF, judge
 from lora_param.consumers.verdict import Verdict
+from lora_param.errors import BrokenFileError, LoraParamError, MismatchError, UnknownFileError
+from lora_param.formats import read_adapter
 from lora_param.names.table import read_names
 
 __all__ = ["check"]
@@ -65,13 +69,35 @@ def check(
     asked = [c for one in asked for c in (CONSUMERS if one == "all" else (one,))]
     rules = read_names(names)
     if base is None:
-        facts = gather(adapter, None, rules)
+        facts = gather(adapter, None, rules) | _as_read(adapter, None, names)
     else:
         with open_checkpoint(base, key) as checkpoint:
             facts = gather(adapter, checkpoint.weights, rules)
+            facts |= _as_read(adapter, checkpoint, names)
+    if judge({**facts, "refusal": ""}):
+        facts["refusal"] = ""  # the rules say what is wrong, and how to mend it
     here = {"ADAPTER": os.fspath(adapter), **({} if base is None else {"MODEL": os.fspath(base)})}
     findings = [replace(f, mend=_named(f.mend, here)) for f in judge(facts, asked)]
     return Verdict(os.fspath(adapter), _about(facts), tuple(findings), (ITSELF, *asked))
+
+
+def _as_read(
+    adapter: str | os.PathLike[str],
+    base: Checkpoint | None,
+    names: str | os.PathLike[str] | None,
+) -> dict[str, Any]:
+    """What `load` and `bake` say of it: the base may hold it in another layout, or under names of
+    another tool, which headers alone do not tell."""
+    try:
+        record = read_adapter(adapter, names=names)
+        if base is None:
+            return {"refusal": ""}
+        check_checkpoint(record, base, check_fingerprint=False)
+    except (BrokenFileError, UnknownFileError, MismatchError) as error:
+        return {"refusal": str(error).removesuffix(".")}
+    except LoraParamError:  # it asks for what is not stored, or has something without a form here
+        return {"refusal": ""}
+    return {"refusal": "", "missing_in_base": 0, "shapes_of_base": 0}
 
 
 def _named(command: str, here: dict[str, str]) -> str:

@@ -71,6 +71,7 @@ def gather(
     source = read_contents(place(path))
     kind, modules = source.kind, source.modules
     facts: dict[str, Any] = {"kind": kind, "peft": kind == "peft", "keys": len(source.shapes)}
+    facts["refusal"] = ""  # see `check`
     facts |= _of_names(source)
     facts |= _of_values(source)
     facts |= _of_config(source)

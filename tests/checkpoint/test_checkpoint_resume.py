@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from checkpoint_samples import trained
 from safetensors.torch import save_file
 
@@ -22,7 +26,7 @@ from lora_param.files.journal import Journal, is_journal_of
 from lora_param.formats import write_adapter
 
 KILLED = """
-import sys, torch
+import json, sys, torch
 torch.set_num_threads(1)
 from lora_param.api_files import bake_checkpoint
 from lora_param.checkpoint import jobs, streaming
@@ -37,7 +41,7 @@ def merge(self, *args):
         sys.stdin.read()
     return whole(self, *args)
 Merging.merge = merge
-bake_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], resume=len(sys.argv) > 5)
+bake_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], **json.loads(sys.argv[5]))
 print("whole", flush=True)
 """
 
@@ -63,7 +67,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def make(folder: Path, kind: str) -> tuple[Path, Adapter]:
+def make(folder: Path, kind: str, targets: Sequence[str] = ("a", "b", "d")) -> tuple[Path, Adapter]:
     """A base of twelve blocks to merge, and an adapter."""
     g = torch.Generator().manual_seed(0)
     weights = {f"{n}.weight": torch.randn(1000, 700, generator=g).bfloat16() for n in "abcd"}
@@ -79,22 +83,34 @@ def make(folder: Path, kind: str) -> tuple[Path, Adapter]:
             home |= {f"{n}.weight": file for n in names}
         index = str({"weight_map": home}).replace("'", '"')
         (base / "model.safetensors.index.json").write_text(index)
+    elif kind == "quantized":
+        base.mkdir()
+        tensors = {}
+        for name, W in weights.items():
+            scale = W.abs().max().float() / 448
+            tensors[name] = (W.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale.reshape(1)
+        save_file(tensors, base / "model.safetensors")
+        (base / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    elif kind == "distributed":
+        dcp.save(weights, checkpoint_id=base, no_dist=True)
     elif kind == "pickle":
         base = base.with_suffix(".pt")
         torch.save({"model": weights, "step": 3}, base)
     else:
         base = base.with_suffix(".safetensors")
         save_file(weights, base)
-    _, fresh = create_adapter(base, ["a", "b", "d"], rank=4, seed=0)
+    _, fresh = create_adapter(base, targets, rank=4, seed=0)
     adapter = trained(fresh, size=0.1)
     write_adapter(adapter, folder / "adapter.safetensors")
     return base, lp.read_adapter(folder / "adapter.safetensors")
 
 
-def kill(base: Path, out: Path, after: int, *more: str) -> None:
+def kill(base: Path, out: Path, after: int, **options: object) -> None:
     """A bake in another process, killed in the middle of a block."""
     adapter = out.parent / "adapter.safetensors"
-    line = [sys.executable, "-c", KILLED, str(base), str(adapter), str(out), str(after), *more]
+    line = [sys.executable, "-c", KILLED, str(base), str(adapter), str(out), str(after)]
+    line.append(json.dumps(options))
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
         assert p.stdout is not None
         assert p.stdout.readline() == "killed here\n"
@@ -118,7 +134,7 @@ def test_a_killed_bake_is_finished_with_the_bits_of_a_whole_one(
     whole = lp.bake_checkpoint(base, adapter, other)
     blocks = len(counted)
     for after in (3, 5):  # killed twice, the second time by a block that the first did not reach
-        kill(base, out, after, *(["resume"] if after == 5 else []))
+        kill(base, out, after, resume=after == 5)
     counted.clear()
     report = lp.bake_checkpoint(base, adapter, out, resume=True)
     assert len(counted) == blocks - 8
@@ -167,23 +183,46 @@ def test_without_resume_what_is_left_goes_and_nothing_is_said(tmp_path: Path) ->
     assert not list(tmp_path.glob(".*"))
 
 
-def test_links_of_a_killed_bake_are_never_written_through(tmp_path: Path) -> None:
-    base, _ = make(tmp_path, "directory")
-    _, fresh = create_adapter(base, ["a", "b"], rank=4, seed=0)
-    adapter = trained(fresh)
-    before = content(base)
-    lp.bake_checkpoint(base, adapter, tmp_path / "whole", link=True)
-    seen = []
-
-    def stop(done: int, *_: object) -> None:
-        seen.append(done)
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        lp.bake_checkpoint(base, adapter, tmp_path / "out", link=True, progress=stop)
-    assert not list(tmp_path.glob(".*"))  # no kill: it has cleaned behind itself
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("directory", {"max_shard_size": "1MB"}),
+        ("directory", {"dtype": "float16"}),
+        ("quantized", {"quantized": "dense"}),
+        ("quantized", {"quantized": "same"}),
+        ("distributed", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_every_kind_of_output_is_finished(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    base, adapter = make(tmp_path, kind)
+    before, out = content(base), tmp_path / "out"
+    whole = lp.bake_checkpoint(base, adapter, tmp_path / "whole", **options)
+    for after in (2, 4):
+        kill(base, out, after, resume=after == 4, **options)
+    report = lp.bake_checkpoint(base, adapter, out, resume=True, **options)
+    assert report.notes[0].startswith("Resumed: ")
+    assert content(out) == content(tmp_path / "whole")
+    assert report.rows == whole.rows
     assert content(base) == before
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_links_that_a_kill_leaves_are_never_written_through(again: bool, tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, "directory", ["d"])  # the first shard is linked
+    before, out = content(base), tmp_path / "out"
+    lp.bake_checkpoint(base, adapter, tmp_path / "whole")
+    kill(base, out, 2, link=True)
+    (left,) = tmp_path.glob(".out.*.tmp")
+    assert any(f.samefile(base / f.name) for f in left.rglob("*") if (base / f.name).exists())
+    lp.bake_checkpoint(base, adapter, out, link=again, resume=True)
+    assert content(base) == before
+    assert content(out) == content(tmp_path / "whole")
 
 
 def opened(path: Path, plan: str, *lines: tuple[str, object]) -> list[str]:

@@ -44,13 +44,13 @@ def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
 # --- 21: signals ------------------------------------------------------------------------------
 
 SLOW = """
-import threading, time
+import sys, threading
 from lora_param.checkpoint.merging import Merging
 merge, first = Merging.merge, threading.Lock()
 def slow(self, *arguments, **named):
     if first.acquire(blocking=False):
         print("midway", flush=True)
-    time.sleep(0.5)
+    sys.stdin.readline()  # until the signal is sent
     return merge(self, *arguments, **named)
 Merging.merge = slow
 from lora_param.cli import main
@@ -78,6 +78,7 @@ def test_21_signals_clean_up_and_are_said(
     with subprocess.Popen(
         [sys.executable, "-c", SLOW, *arguments],
         cwd=here,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -86,7 +87,7 @@ def test_21_signals_clean_up_and_are_said(
         assert process.stdout.readline() == "midway\n"
         assert snapshot(here) != before, "it is writing"
         process.send_signal(number)
-        shown, said = process.communicate()
+        shown, said = process.communicate()  # closes its input
     assert process.returncode == 128 + number
     if as_json:
         assert json.loads(shown) == {"error": sentence}

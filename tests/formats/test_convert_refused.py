@@ -1,4 +1,4 @@
-"""What a conversion would lose in silence is refused, and nothing is written."""
+"""What a conversion would lose in silence is refused; `check` says what `load` and `bake` would."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_models import gpt2, mixtral
 from torch import nn
 
 import lora_param as lp
-from lora_param.errors import BrokenFileError, NoFormError
+from lora_param.errors import BrokenFileError, FileError, NoFormError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -61,3 +61,38 @@ def test_check_refuses_a_file_without_tensors(tmp_path: Path) -> None:
     save_file({}, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(BrokenFileError, match="holds no tensor"):
         lp.check(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_dora": True}, "has no lora_magnitude_vector"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+        ({"peft_type": "Lora"}, "a PEFT adapter of Lora"),
+    ],
+    ids=str,
+)
+def test_check_refuses_what_load_refuses(
+    changes: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    lp.save(randomized(lp.apply(net, ["0"], rank=2)), tmp_path / "a", format="peft")
+    assert lp.check(tmp_path / "a").answer("itself") == "accepted"
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(FileError, match=says):
+        lp.load(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a")
+    found = lp.check(tmp_path / "a")
+    assert found.answer("itself") == "refused"
+    assert any(says in f.says for f in found.findings)
+
+
+def test_check_takes_what_fits_by_the_rules_between_names(tmp_path: Path) -> None:
+    """PEFT's own adapter of a live Mixtral, on the file of single experts."""
+    mixtral().save_pretrained(tmp_path / "base")
+    model = randomized(lp.apply(mixtral(), ["experts.down_proj[*]", "q_proj"], rank=2))
+    lp.save(model, tmp_path / "a", format="peft")
+    found = lp.check(tmp_path / "a", tmp_path / "base", "peft")
+    assert (found.answer("itself"), found.answer("peft")) == ("accepted", "accepted")
+    gpt2().save_pretrained(tmp_path / "other")
+    assert lp.check(tmp_path / "a", tmp_path / "other").answer("itself") == "refused"

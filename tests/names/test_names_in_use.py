@@ -15,8 +15,6 @@ import lora_param as lp
 from lora_param.errors import FingerprintError, MismatchError
 
 transformers = pytest.importorskip("transformers")
-# peft asks transformers for an attribute that it is about to lose
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
 def randomized(model: nn.Module) -> nn.Module:

@@ -14,10 +14,6 @@ from lora_param.errors import LoraConfigError, OptionError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-pytestmark = [
-    # peft asks transformers for an attribute that it is about to lose
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
-]
 
 
 def peft_settings(model: nn.Module, config: Any) -> dict[str, tuple[int, float]]:

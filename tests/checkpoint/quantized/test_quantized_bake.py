@@ -246,6 +246,16 @@ def test_what_is_not_read_is_not_made_dense(tmp_path: Path) -> None:
         lp.bake_checkpoint(base, out=tmp_path / "out", **as_data(trained(base, 0.3)))
 
 
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_files_of_torch_save_are_read_alone_whatever_the_output(name: str, tmp_path: Path) -> None:
+    base, W = tmp_path / "base.pt", torch.randn(8, 6) * 100
+    torch.save({Q: W.to(FP8), f"{Q}_scale": torch.tensor([1e-3])}, base)
+    adapter = trained(base, 0.3, "q_proj")
+    with pytest.raises(OutputError, match="can be read and not baked: save it with safetensors"):
+        lp.bake_checkpoint(base, out=tmp_path / name, **as_data(adapter))
+    assert {p.name for p in tmp_path.iterdir()} == {"base.pt"}
+
+
 def test_a_base_that_is_not_quantized_has_no_form(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", {Q: torch.randn(4, 4)})
     adapter = trained(base, 1.0, "q_proj")
